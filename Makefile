@@ -1,0 +1,73 @@
+# exfusion.h - examples, tests, and the table of variants. `make help` lists the targets.
+
+CC ?= cc
+CXX ?= c++
+CFLAGS ?= -O2
+PREFIX ?= /usr/local
+JOBS ?= 2
+
+# OpenMP when this compiler can link it; without, everything runs on one thread.
+OPENMP := $(shell mkdir -p build && \
+  printf '\043include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n' \
+    > build/openmp.c && \
+  $(CC) $(CFLAGS) -fopenmp build/openmp.c -o build/openmp.out 2>/dev/null \
+  && echo -fopenmp)
+
+WARN = -std=c99 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wvla \
+  -Wundef -Wstrict-prototypes -Wmissing-prototypes
+COMPILE = $(CC) $(CFLAGS) $(WARN) $(OPENMP)
+
+EXAMPLES = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
+TESTS = $(patsubst tests/%.c,build/tests/%,$(wildcard tests/test_*.c))
+# These are built a second time with EXF_DOUBLE.
+DOUBLES = build/tests/test_ops_double build/tests/test_optim_double
+SCRIPTS = $(wildcard tests/test_*.sh)
+
+all: $(EXAMPLES)
+
+build/%: examples/%.c exfusion.h $(wildcard examples/*.h)
+	@mkdir -p build
+	$(COMPILE) $< -o $@ -lm
+
+build/tests/%: tests/%.c exfusion.h $(wildcard tests/*.h)
+	@mkdir -p build/tests
+	$(COMPILE) -pthread $< -o $@ -lm
+
+build/tests/%_double: tests/%.c exfusion.h $(wildcard tests/*.h)
+	@mkdir -p build/tests
+	$(COMPILE) -DEXF_DOUBLE -pthread $< -o $@ -lm
+
+# A character model with memory-bank FFNs learns the text of exfusion.h, is merged, and
+# writes.
+demo: build/charlm
+	build/charlm train --data exfusion.h --out runs/demo --ffn mb --experts 4 \
+	  --steps 700 --lr 4e-3 --min-lr 4e-4 --warmup 50 --eval-every 100 --save-every 0
+	build/charlm info runs/demo/model.safetensors
+	build/charlm sample runs/demo -n 400 --temperature 0.7 --seed 1
+
+test:
+	@$(MAKE) -s -j$(JOBS) all $(TESTS) $(DOUBLES)
+	@CC="$(CC)" CXX="$(CXX)" OPENMP="$(OPENMP)" JOBS=$(JOBS) sh tests/run.sh $(SCRIPTS) $(TESTS) $(DOUBLES)
+
+# All variants x seeds 1-3 at two learning rates. Finished runs are kept in
+# build/quality, so it may be stopped and called again. JOBS=2: two runs at a time.
+quality: build/charlm
+	@sh tests/quality.sh "$(DATA)" $(JOBS)
+
+clean:
+	rm -rf build
+
+install:
+	mkdir -p "$(DESTDIR)$(PREFIX)/include"
+	cp exfusion.h "$(DESTDIR)$(PREFIX)/include/exfusion.h"
+
+help:
+	@echo 'make              build/hello, build/charlm'
+	@echo 'make demo         train on the text of exfusion.h, merge, sample (a minute)'
+	@echo 'make test         all tests; the last line is: N passed, N failed'
+	@echo 'make quality DATA=FILE   the table of variants, seeds 1-3, two learning rates'
+	@echo 'make install      exfusion.h to $$(DESTDIR)$$(PREFIX)/include'
+	@echo 'make clean        remove build/'
+	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS'
+
+.PHONY: all demo test quality clean install help

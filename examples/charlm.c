@@ -1,0 +1,590 @@
+/* charlm.c - a character-level GPT whose FFNs are trained as several experts fused into
+   one (ExFusion), merged into an ordinary dense model, and asked to write.
+
+   Shows: a Transformer from the library's modules; training, evaluation on a full split,
+          checkpoints and exact resuming; the merge and its proof; generation with a
+          key/value cache.
+   Runs:  seconds with --quick; the default task a minute or two on two cores.
+   Build: cc -O2 -fopenmp -o build/charlm examples/charlm.c -lm   (-fopenmp: optional)
+   Ends:  next    build/charlm sample runs/charlm */
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+#define EXFUSION_IMPLEMENTATION
+#include "../exfusion.h"
+
+#include "common.h"
+
+typedef unsigned long long ull;
+
+/* ---- the model -------------------------------------------------------------------- */
+
+typedef struct gpt {
+  size_t n_layers, n_heads, width, block, n_vocab, bias;
+  double dropout;
+  exf_model *model;
+  exf_tensor *wte, *wpe;   /* (V,C), (T,C) */
+  exf_block **blocks;      /* n_layers */
+  exf_norm_layer *ln_f;
+} gpt;
+
+/* Makes the parameters from the sizes in g; fusion NULL: all FFNs dense. */
+static void gpt_build(gpt *g, exf_ctx *ctx, const exf_fusion_desc *fusion) {
+  exf_block_desc d;
+  char name[48];
+  size_t i;
+  memset(&d, 0, sizeof d);
+  d.width = g->width;
+  d.n_heads = g->n_heads;
+  d.causal = 1;
+  d.bias = (int)g->bias;
+  d.eps = 1e-5;
+  d.dropout = g->dropout;
+  d.init_std = 0.02;
+  d.init_std_out = 0.02 / sqrt(2.0 * (double)g->n_layers);
+  d.names = EXF_NAMES_GPT2;
+  if (fusion) d.ffn.fusion = *fusion;
+  g->model = exf_model_new(ctx);
+  g->wte = exf_embedding_new(g->model, "transformer.wte", g->n_vocab, g->width, 0.02);
+  g->wpe = exf_embedding_new(g->model, "transformer.wpe", g->block, g->width, 0.02);
+  g->blocks = (exf_block **)memory(g->n_layers, sizeof *g->blocks);
+  for (i = 0; i < g->n_layers; i++) {
+    snprintf(name, sizeof name, "transformer.h.%u", (unsigned)i);
+    g->blocks[i] = exf_block_new(g->model, name, &d);
+  }
+  g->ln_f = exf_layernorm_new(g->model, "transformer.ln_f", g->width, d.bias, d.eps);
+  exf_param_alias(g->model, "lm_head.weight", "transformer.wte.weight");
+  check(ctx);
+}
+
+static void gpt_free(gpt *g) {
+  exf_model_free(g->model);
+  free(g->blocks);
+}
+
+/* ids (B,T) -> logits (B,T,V) */
+static exf_tensor *gpt_forward(exf_ctx *ctx, const gpt *g, const int32_t *ids, size_t b,
+                               size_t t) {
+  exf_tensor *x = exf_embedding(ctx, g->wte, ids, b, t);
+  size_t i;
+  x = exf_add(ctx, x, t == g->block ? g->wpe : exf_slice(ctx, g->wpe, 0, 0, t));
+  x = exf_dropout(ctx, x, g->dropout);
+  for (i = 0; i < g->n_layers; i++) x = exf_block_forward(ctx, g->blocks[i], x);
+  return exf_linear(ctx, exf_norm_forward(ctx, g->ln_f, x), g->wte, NULL);
+}
+
+/* t new tokens behind those in kv -> logits (1,1,V) of the last */
+static exf_tensor *gpt_next(exf_ctx *ctx, const gpt *g, const int32_t *ids, size_t t,
+                            exf_kv *kv) {
+  size_t i, at = exf_kv_length(kv);
+  exf_tensor *x = exf_embedding(ctx, g->wte, ids, 1, t);
+  x = exf_add(ctx, x, exf_slice(ctx, g->wpe, 0, at, at + t));
+  for (i = 0; i < g->n_layers; i++) x = exf_block_cached(ctx, g->blocks[i], x, kv, i);
+  exf_kv_advance(kv, t);
+  x = exf_norm_forward(ctx, g->ln_f, exf_slice(ctx, x, 1, t - 1, t));
+  return exf_linear(ctx, x, g->wte, NULL);
+}
+
+/* ---- evaluation ------------------------------------------------------------------- */
+
+/* Mean loss over the consecutive windows of tokens, the remainder left out; the same of
+   `merged` when there is one, and the largest difference between their logits. */
+static merge_result evaluate(exf_ctx *ctx, const gpt *g, const gpt *merged,
+                             const unsigned char *tokens, size_t n) {
+  size_t block = g->block, n_windows = (n - 1) / block, w, b, i;
+  size_t per = block < 1024 ? 1024 / block : 1;   /* windows at once */
+  int32_t *x = (int32_t *)memory(per * block + 1, sizeof *x);
+  int grad = exf_grad_set(ctx, 0);
+  merge_result e = {0, 0, 0, 0, 0};
+  for (w = 0; w < n_windows && exf_ctx_status(ctx) == EXF_OK; w += b) {
+    exf_tensor *logits, *other;
+    double loss;
+    b = n_windows - w < per ? n_windows - w : per;
+    for (i = 0; i <= b * block; i++) x[i] = tokens[w * block + i];
+    logits = gpt_forward(ctx, g, x, b, block);
+    loss = exf_item(exf_cross_entropy(ctx, logits, x + 1, 0));
+    e.val_loss += (double)(b * block) * loss;
+    if (merged) {
+      other = gpt_forward(ctx, merged, x, b, block);
+      loss = exf_item(exf_cross_entropy(ctx, other, x + 1, 0));
+      e.val_loss_merged += (double)(b * block) * loss;
+      if (logits && other) compare_logits(logits, other, &e.max_diff);
+    }
+    exf_rewind(ctx);
+  }
+  exf_grad_set(ctx, grad);
+  check(ctx);
+  free(x);
+  e.n = n_windows * block;
+  e.val_loss /= (double)e.n;
+  e.val_loss_merged /= (double)e.n;
+  return e;
+}
+
+/* ---- model files ------------------------------------------------------------------ */
+
+/* Geometry and vocabulary (n = 0: none) of an open file with nanoGPT's names. heads: for
+   files that do not say; 0 refuses them. */
+static void geometry_read(const exf_st *st, const char *path, size_t heads, gpt *g,
+                          vocabulary *v) {
+  const exf_st_entry *wte = exf_st_find(st, "transformer.wte.weight");
+  const exf_st_entry *wpe = exf_st_find(st, "transformer.wpe.weight");
+  const char *config = exf_st_meta(st, "exf.config"), *value;
+  const char *vocab = exf_st_meta(st, "exf.vocab");
+  char name[64];
+  json j;
+  memset(g, 0, sizeof *g);
+  if (exf_st_find(st, "adamw.m.transformer.wte.weight"))
+    fail(1, "%s is a checkpoint: give the model.safetensors beside it", path);
+  if (!wte || !wpe || wte->n_dims != 2 || wpe->n_dims != 2 || wte->dim[0] < 1
+      || wte->dim[0] > 256 || wte->dim[1] < 1 || wpe->dim[0] < 1
+      || wpe->dim[1] != wte->dim[1])
+    fail(1, "%s is not a character model: it needs transformer.wte.weight [V,C], V up to "
+         "256, and transformer.wpe.weight [T,C]; see charlm info", path);
+  g->n_vocab = wte->dim[0];
+  g->width = wte->dim[1];
+  g->block = wpe->dim[0];
+  g->bias = exf_st_find(st, "transformer.ln_f.bias") != NULL;
+  do snprintf(name, sizeof name, "transformer.h.%u.ln_1.weight", (unsigned)g->n_layers);
+  while (exf_st_find(st, name) && ++g->n_layers < 1024);
+  g->n_heads = heads;
+  json_read(&j, config ? config : "{}", "its exf.config");
+  if ((value = json_find(&j, "n_head")) != NULL) g->n_heads = strtoul(value, NULL, 10);
+  if ((value = json_find(&j, "activation")) != NULL && strcmp(value, "gelu") != 0)
+    fail(1, "%s: its activation is %.40s, charlm has gelu: convert it", path, value);
+  json_free(&j);
+  if (g->n_heads < 1 || g->n_heads > g->width || g->width % g->n_heads)
+    fail(1, "%s: %s heads for width %s: its exf.config must hold n_head, which divides "
+         "the width", path, commas(g->n_heads), commas(g->width));
+  v->n = 0;
+  if (vocab && (!vocabulary_read(v, vocab) || v->n != g->n_vocab))
+    fail(1, "%s: exf.vocab must list %d ascending byte values: write the file anew", path,
+         (int)g->n_vocab);
+}
+
+/* The dense model of DIR|FILE, with its vocabulary; returns the path of the file. */
+static char *open_model(exf_ctx *ctx, const char *place, gpt *g, vocabulary *v) {
+  char *path = is_directory(place) ? path_in(place, "model.safetensors") : NULL;
+  exf_st *st;
+  if (!path) {
+    path = (char *)memory(strlen(place) + 1, 1);
+    strcpy(path, place);
+  }
+  st = open_tensors(ctx, path);
+  geometry_read(st, path, 0, g, v);
+  gpt_build(g, ctx, NULL);
+  exf_model_load(g->model, st);
+  check(ctx);
+  exf_st_close(st);
+  return path;
+}
+
+/* ---- train ------------------------------------------------------------------------ */
+
+typedef struct charlm {
+  run r;
+  const char *data, *init;
+  uint64_t block, bias;
+  int order;
+  gpt g;
+  vocabulary vocab;
+  dataset set;
+  int32_t *x, *y;            /* (batch,block) tokens and their successors */
+  double val_loss;           /* the last measured */
+} charlm;
+
+/* The character task of nanoGPT's README on a CPU. */
+static void train_defaults(charlm *c) {
+  const double big = 1073741824.0;
+  const settings s = {"runs/charlm", "", EXF_MB, 0, EXF_UP_DEFAULT, 0, 4, 0.95, 4, 4, 128,
+                      12, 1, 0, 100, 250, 250, 1e-3, 1e-4, 0.1, 0.9, 0.99, 1, 1, 0, 0, 0,
+                      0, 0};
+  const flag own[] = {
+    {"data", 's', FLAG_DATA, &c->data, 0, 0, NULL,
+     "any text or binary file; none: the text of exfusion.h", 0, NULL},
+    {"block", 'u', FLAG_TRAINING, &c->block, 1, big, NULL, "context length", 0, NULL},
+    {"steps", 'u', FLAG_TRAINING, &c->r.steps, 0, 4e9, NULL, "updates", 0, NULL},
+    {"bias", 'u', FLAG_TRAINING, &c->bias, 0, 1, NULL, "1: biases everywhere", 0, NULL},
+    {"order", 'c', FLAG_TRAINING, &c->order, 0, 0, "shuffle|sequential",
+     "windows of the batches", 0, NULL},
+    {"init", 's', FLAG_TRAINING, &c->init, 0, 0, NULL,
+     "start from a dense model.safetensors and upcycle it", 0, NULL}};
+  const int n = (int)(sizeof own / sizeof own[0]);
+  memset(c, 0, sizeof *c);
+  c->r.s = s;
+  c->r.task = "charlm";
+  c->r.list_key = "exf.vocab";
+  c->r.steps = 2000;
+  c->r.loss = c->val_loss = NAN;
+  c->data = c->init = "";
+  c->block = 64;
+  memcpy(c->r.flags, own, sizeof own);
+  c->r.n_flags = n + settings_flags(&c->r.s, c->r.flags + n);
+}
+
+/* Geometry from the flags, or from the file of --init, which is returned open. */
+static exf_st *train_geometry(charlm *c) {
+  settings *s = &c->r.s;
+  gpt *g = &c->g;
+  exf_st *st = NULL;
+  int n = c->r.n_flags;
+  if (*c->init && !s->resume) {
+    st = open_tensors(c->r.ctx, c->init);
+    geometry_read(st, c->init, s->heads, g, &c->vocab);
+    flag_agree(c->r.flags, n, "layers", g->n_layers, c->init);
+    flag_agree(c->r.flags, n, "heads", g->n_heads, c->init);
+    flag_agree(c->r.flags, n, "width", g->width, c->init);
+    flag_agree(c->r.flags, n, "block", g->block, c->init);
+    flag_agree(c->r.flags, n, "bias", g->bias, c->init);
+  }
+  if (s->width % s->heads)
+    fail(2, "--heads %s does not divide --width %s: every head takes an equal part",
+         commas(s->heads), commas(s->width));
+  g->n_layers = s->layers;
+  g->n_heads = s->heads;
+  g->width = s->width;
+  g->block = c->block;
+  g->bias = (size_t)c->bias;
+  g->dropout = s->dropout;
+  return st;
+}
+
+/* Reads the data; of a resumed run they must be the same, of --init fit the model. */
+static void train_data(charlm *c, const char *self) {
+  text mine = {NULL, 0, 0};
+  run *r = &c->r;
+  if (r->s.resume && !vocabulary_read(&c->vocab, r->list.s))
+    fail(1, "the checkpoint's exf.vocab is no list of bytes: start a new run");
+  if (!*c->data) {
+    char *found = default_data(self);
+    flag_set(flag_find(r->flags, r->n_flags, "data"), found, "");
+    free(found);
+  }
+  dataset_read(&c->set, c->data, &c->vocab, c->g.n_vocab);
+  text_add(&mine, "{\"bytes\":%llu,\"fnv1a\":\"%016llx\"}", (ull)c->set.n,
+           (ull)c->set.hash);
+  if (r->s.resume && strcmp(mine.s, r->data.s) != 0)
+    fail(1, "%s is not the data of the checkpoint (%s, there %s): give that file with "
+         "--data", c->data, mine.s, r->data.s);
+  dataset_encode(&c->set, c->data, &c->vocab);
+  dataset_check(c->set.n_train, c->g.block, "training", c->data);
+  dataset_check(c->set.n - c->set.n_train, c->g.block, "validation", c->data);
+  c->g.n_vocab = c->vocab.n;
+  text_free(&r->data);
+  r->data = mine;
+  r->list.n = 0;
+  vocabulary_write(&c->vocab, &r->list);
+  text_add(&r->geometry, "{\"n_layer\":%llu,\"n_head\":%llu,\"n_embd\":%llu,"
+           "\"block_size\":%llu,\"vocab_size\":%llu,\"bias\":%s,\"activation\":\"gelu\"}",
+           (ull)c->g.n_layers, (ull)c->g.n_heads, (ull)c->g.width, (ull)c->g.block,
+           (ull)c->g.n_vocab, c->bias ? "true" : "false");
+}
+
+/* Micro-batch `micro` of the run. shuffle: windows start anywhere, as in nanoGPT. */
+static void train_batch(charlm *c, uint64_t micro) {
+  const settings *s = &c->r.s;
+  size_t block = c->g.block, n = c->set.n_train, j, t, at;
+  uint64_t row = micro % s->accum * s->batch;
+  uint32_t stream = exf_rng_stream("data"), step = (uint32_t)(micro / s->accum);
+  for (j = 0; j < s->batch; j++) {
+    if (c->order) at = (size_t)((micro * s->batch + j) % n * (block % n) % n);
+    else at = (size_t)(exf_rng_uniform(s->seed, stream, step, row + j)
+                       * (double)(n - block));
+    for (t = 0; t < block; t++) {
+      c->x[j * block + t] = c->set.tokens[(at + t) % n];
+      c->y[j * block + t] = c->set.tokens[(at + t + 1) % n];
+    }
+  }
+}
+
+/* One update. The loss is that before it; norm is that before clipping. */
+static void train_step(charlm *c, double *norm) {
+  run *r = &c->r;
+  uint64_t k, accum = r->s.accum;
+  exf_ctx *ctx = r->ctx;
+  exf_tensor *loss;
+  r->loss = 0;
+  exf_step_begin(ctx, r->step);
+  exf_training_set(ctx, 1);
+  for (k = 0; k < accum && exf_ctx_status(ctx) == EXF_OK; k++) {
+    train_batch(c, r->step * accum + k);
+    loss = gpt_forward(ctx, &c->g, c->x, (size_t)r->s.batch, c->g.block);
+    loss = exf_cross_entropy(ctx, loss, c->y, 0);
+    r->loss += exf_item(loss) / (double)accum;
+    if (accum > 1) loss = exf_scale(ctx, loss, 1.0 / (double)accum);
+    exf_backward(ctx, loss);
+    exf_rewind(ctx);
+  }
+  exf_training_set(ctx, 0);
+  exf_optim_step(r->optim, exf_schedule_lr(&r->schedule, r->step), norm);
+  if (exf_ctx_status(ctx) != EXF_OK) run_stop_bad_step(r);
+}
+
+static merge_result evaluate_validation(const charlm *c, const gpt *merged) {
+  return evaluate(c->r.ctx, &c->g, merged, c->set.tokens + c->set.n_train,
+                  c->set.n - c->set.n_train);
+}
+
+static void train_loop(charlm *c) {
+  run *r = &c->r;
+  char note[32];
+  while (r->step < r->steps && !stop_signal) {
+    double start = seconds(), spent, norm = 0, val_loss = NAN;
+    uint64_t s = r->step;
+    train_step(c, &norm);
+    spent = seconds() - start;
+    r->step++;
+    if (r->step == r->steps || (r->s.eval_every && r->step % r->s.eval_every == 0))
+      val_loss = c->val_loss = evaluate_validation(c, NULL).val_loss;
+    run_log(r, s, val_loss, norm, spent);
+    run_log_weights(r);
+    snprintf(note, sizeof note, "loss=%.3f", r->loss);
+    progress_show(&r->bar, r->step, note);
+    if (val_loss == val_loss && !r->s.quiet) {
+      progress_clear();
+      printf("step %6llu   train %.4f   validation %.4f   %.1f ms\n", (ull)r->step,
+             r->loss, val_loss, 1e3 * spent);
+      fflush(stdout);
+    }
+    if (r->step < r->steps && r->s.save_every && r->step % r->s.save_every == 0)
+      run_save(r);
+  }
+  progress_clear();
+}
+
+/* Checks the merged file against the model in memory, and tells the result. */
+static void train_finish(charlm *c, const char *self) {
+  run *r = &c->r;
+  merge_result m;
+  gpt merged;
+  vocabulary v;
+  text next = {NULL, 0, 0};
+  size_t i;
+  run_save_results(r);
+  free(open_model(r->ctx, r->s.out, &merged, &v));
+  m = evaluate_validation(c, &merged);
+  gpt_free(&merged);
+  if (r->s.ffn == EXF_MB && r->s.routed) {   /* as in training, but for dropout */
+    exf_training_set(r->ctx, 1);
+    c->g.dropout = 0;
+    for (i = 0; i < c->g.n_layers; i++) c->g.blocks[i]->dropout = 0;
+    m.gap = m.val_loss - evaluate_validation(c, NULL).val_loss;
+    exf_training_set(r->ctx, 0);
+  }
+  text_add(&next, "%s sample", self);
+  run_finish(r, &m, NULL, "nats per character", next.s);
+  text_free(&next);
+}
+
+static int train(int argc, char **argv) {
+  static const char *const quick[] = {"layers", "2", "heads", "2", "width", "32", "block",
+    "32", "batch", "8", "steps", "200", "warmup", "20", "lr", "0.004", "min-lr", "0.0004",
+    "eval-every", "100", "save-every", "100"};
+  charlm c;
+  run *r = &c.r;
+  exf_st *st;
+  exf_fusion_desc fusion;
+  text model = {NULL, 0, 0}, data = {NULL, 0, 0};
+  int code = 0;
+  train_defaults(&c);
+  run_flags(r, argc, argv, quick, (int)(sizeof quick / sizeof *quick / 2),
+            "charlm train [flags]");
+  if (r->s.resume && r->step == r->steps) {
+    if (!r->s.quiet) printf("%s is finished: nothing to resume\n", r->s.out);
+    run_free(r);
+    return 0;
+  }
+  r->ctx = settings_context(&r->s);
+  st = train_geometry(&c);
+  train_data(&c, argv[0]);
+  fusion = settings_fusion(&r->s);
+  gpt_build(&c.g, r->ctx, st || r->s.ffn == EXF_DENSE ? NULL : &fusion);
+  r->model = c.g.model;
+  if (st) exf_model_load(c.g.model, st);
+  if (st && r->s.ffn != EXF_DENSE) exf_model_upcycle(c.g.model, &fusion);
+  check(r->ctx);
+  exf_st_close(st);
+  c.x = (int32_t *)memory((size_t)r->s.batch * c.g.block, sizeof *c.x);
+  c.y = (int32_t *)memory((size_t)r->s.batch * c.g.block, sizeof *c.y);
+  r->per_step = (size_t)(r->s.batch * r->s.accum) * c.g.block;
+  run_begin(r);
+  text_add(&model, "%s layers, %s heads, width %s, block %s", commas(c.g.n_layers),
+           commas(c.g.n_heads), commas(c.g.width), commas(c.g.block));
+  text_add(&data, "%s: %s bytes, %d different; the last tenth validates", c.data,
+           commas(c.set.n), (int)c.vocab.n);
+  run_announce(r, model.s, data.s);
+  stop_install();
+  train_loop(&c);
+  if (r->step < r->steps) code = run_interrupted(r, argv[0]);
+  else train_finish(&c, argv[0]);
+  text_free(&model);
+  text_free(&data);
+  free(c.x);
+  free(c.y);
+  free(c.set.tokens);
+  exf_optim_free(r->optim);
+  gpt_free(&c.g);
+  exf_ctx_free(r->ctx);
+  run_free(r);
+  return code;
+}
+
+/* ---- sample ----------------------------------------------------------------------- */
+
+typedef struct sampling {
+  double temperature, top_p;
+  uint64_t top_k, seed, n;
+} sampling;
+
+/* Draw `index` of a token from softmax(logits / temperature), of which only the top_k
+   likeliest, and of these the fewest that hold top_p of the probability, can come. */
+static int32_t choose(const exf_tensor *logits, const sampling *s, uint64_t index) {
+  size_t i, j, n = 0, kept = s->top_k && s->top_k < logits->size ? (size_t)s->top_k
+                                                                 : logits->size;
+  int32_t order[256];
+  double p[256], total = 0, mass = 0, draw;
+  for (i = 0; i < logits->size; i++) {    /* by falling logit, then rising token */
+    for (j = i; j > 0 && logits->data[order[j - 1]] < logits->data[i]; j--)
+      order[j] = order[j - 1];
+    order[j] = (int32_t)i;
+  }
+  if (!(s->temperature > 0)) return order[0];
+  for (i = 0; i < kept; i++) {
+    double d = (double)logits->data[order[i]] - (double)logits->data[order[0]];
+    p[i] = exp(d / s->temperature);
+    total += p[i];
+  }
+  while (n < kept && (n == 0 || mass < s->top_p * total)) mass += p[n++];
+  draw = mass * exf_rng_uniform(s->seed, exf_rng_stream("sample"), 0, index);
+  for (i = 0; i + 1 < n && draw >= p[i]; i++) draw -= p[i];
+  return order[i];
+}
+
+/* Writes n characters. When the context is full, its last half is kept and the cache
+   filled anew, since positions are absolute. */
+static void generate(exf_ctx *ctx, const gpt *g, const vocabulary *v, const char *prompt,
+                     const sampling *s) {
+  int32_t *context = (int32_t *)memory(g->block, sizeof *context);
+  size_t n = prompt_tokens(prompt, v, g->block, context), done = 0, half;
+  exf_kv *kv = exf_kv_new(ctx, g->n_layers, g->block, g->width);
+  uint64_t i;
+  exf_grad_set(ctx, 0);
+  put_bytes(prompt, strlen(prompt));
+  for (i = 0; i < s->n; i++) {
+    exf_tensor *logits = gpt_next(ctx, g, context + done, n - done, kv);
+    int32_t token;
+    check(ctx);
+    token = choose(logits, s, i);
+    exf_rewind(ctx);
+    put_bytes(&v->byte[token], 1);
+    done = n;
+    if (n == g->block) {
+      half = g->block > 1 ? g->block / 2 - (g->block > 3) : 0;
+      memmove(context, context + n - half, half * sizeof *context);
+      exf_kv_reset(kv);
+      done = 0;
+      n = half;
+    }
+    context[n++] = token;
+  }
+  put_bytes("\n", 1);
+  exf_kv_free(kv);
+  free(context);
+}
+
+static int sample(int argc, char **argv) {
+  const char *place = NULL, *prompt = "";
+  sampling s = {0.8, 1, 0, 1, 500};
+  flag flags[] = {
+    {"prompt", 's', FLAG_ONCE, &prompt, 0, 0, NULL, "the text to continue", 0, NULL},
+    {"n", 'u', FLAG_ONCE, &s.n, 0, 1e15, NULL, "characters to write", 0, NULL},
+    {"temperature", 'x', FLAG_ONCE, &s.temperature, 0, 1e6, NULL, "0: the likeliest", 0,
+     NULL},
+    {"top-k", 'u', FLAG_ONCE, &s.top_k, 0, 1e9, NULL, "draw from the K likeliest; 0: all",
+     0, NULL},
+    {"top-p", 'x', FLAG_ONCE, &s.top_p, 0, 1, NULL,
+     "draw from the likeliest that hold this share", 0, NULL},
+    {"seed", 'u', FLAG_ONCE, &s.seed, 0, 1.8e19, NULL, "of the draws", 0, NULL}};
+  const char *usage = "charlm sample DIR|FILE [flags]";
+  exf_ctx *ctx;
+  gpt g;
+  vocabulary v;
+  flags_parse(flags, 6, argc, argv, &place, usage);
+  if (!place) fail(2, "no model named: usage: %s", usage);
+  ctx = exf_ctx_new(NULL);
+  check(ctx);
+  free(open_model(ctx, place, &g, &v));
+  if (v.n == 0)
+    fail(1, "%s has no exf.vocab, the list of its characters: train --init with it and "
+         "--steps 0 gives it one", place);
+  generate(ctx, &g, &v, prompt, &s);
+  gpt_free(&g);
+  exf_ctx_free(ctx);
+  flags_free(flags, 6);
+  return 0;
+}
+
+/* ---- eval, main ------------------------------------------------------------------- */
+
+static int eval(int argc, char **argv) {
+  const char *place = NULL, *data = "", *usage = "charlm eval DIR|FILE [flags]";
+  int split = 0;
+  flag flags[] = {
+    {"data", 's', FLAG_ONCE, &data, 0, 0, NULL, "none: what the model was trained on",
+     0, NULL},
+    {"split", 'c', FLAG_ONCE, &split, 0, 0, "val|train|all", "part of it", 0, NULL}};
+  exf_ctx *ctx;
+  gpt g;
+  vocabulary v;
+  dataset d;
+  merge_result e;
+  char *path, *found = NULL;
+  size_t begin, n;
+  flags_parse(flags, 2, argc, argv, &place, usage);
+  if (!place) fail(2, "no model named: usage: %s", usage);
+  ctx = exf_ctx_new(NULL);
+  check(ctx);
+  path = open_model(ctx, place, &g, &v);
+  if (!*data) data = found = run_data_of(path);
+  if (!data) data = found = default_data(argv[0]);
+  dataset_read(&d, data, &v, g.n_vocab);
+  dataset_encode(&d, data, &v);
+  begin = split == 0 ? d.n_train : 0;
+  n = split == 1 ? d.n_train : d.n - begin;
+  dataset_check(n, g.block, split == 0 ? "validation" : "chosen", data);
+  e = evaluate(ctx, &g, NULL, d.tokens + begin, n);
+  printf("loss %.9g nats per character, %.4f bits, on %s characters of %s\n", e.val_loss,
+         e.val_loss / log(2), commas(e.n), data);
+  gpt_free(&g);
+  exf_ctx_free(ctx);
+  flags_free(flags, 2);
+  free(d.tokens);
+  free(path);
+  free(found);
+  return 0;
+}
+
+static int info(int argc, char **argv) {
+  const char *path = NULL, *usage = "charlm info FILE";
+  flags_parse(NULL, 0, argc, argv, &path, usage);
+  if (!path) fail(2, "no file named: usage: %s", usage);
+  print_info(path);
+  return 0;
+}
+
+int main(int argc, char **argv) {
+  static const char usage[] = "usage: charlm train|sample|eval|info ...  (charlm train "
+                              "--help lists the flags of train, and so on)";
+  program_name = "charlm";
+  if (argc < 2) fail(2, "no command: %s", usage);
+  if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
+    puts(usage);
+    return 0;
+  }
+  switch (choice_find("train|sample|eval|info", argv[1], "the command")) {
+  case 0: return train(argc, argv);
+  case 1: return sample(argc, argv);
+  case 2: return eval(argc, argv);
+  default: return info(argc, argv);
+  }
+}

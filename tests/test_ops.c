@@ -1,0 +1,1036 @@
+/* Every op of the op table: gradients against central differences, values against plain
+   loops written here. Built with EXF_DOUBLE, where the bars are tight, and once more in
+   float, where the same recipes exercise the fast kernels on each instruction set. */
+#define EXFUSION_IMPLEMENTATION
+#include "../exfusion.h"
+#include "test.h"
+#include "tiny_gpt.h"
+
+#ifdef EXF_DOUBLE
+#define BAR 1e-7            /* of the tensor's largest gradient */
+#define BAR_RELATIVE 1e-5   /* of max(|g|, a thousandth of the largest) */
+#define VALUE 1e-13
+#else
+#define BAR 1e-2
+#define BAR_RELATIVE 1e30   /* float differences cannot see small gradients */
+#define VALUE 2e-6
+#endif
+
+/* ---- recipes ---------------------------------------------------------------------- */
+
+#define MAX_PARAMS 64
+typedef struct recipe recipe;
+struct recipe {
+  exf_model *model;
+  exf_tensor *param[MAX_PARAMS];
+  int n, next;             /* made so far; handed out in this call */
+  exf_tensor *loss;        /* gathered in this call */
+  uint32_t salt;
+  exf_tensor *(*build)(exf_ctx *ctx, void *self);
+  void (*body)(exf_ctx *ctx, recipe *r);
+};
+
+/* The next parameter of the recipe: made in the first call, the same one later. Values
+   are uniform between lo and hi. */
+static exf_tensor *P(recipe *r, exf_shape s, double lo, double hi) {
+  exf_param_desc d;
+  exf_tensor *t;
+  char name[32];
+  size_t i;
+  int k = r->next++;
+  if (k < r->n) return r->param[k];
+  if (k >= MAX_PARAMS) return NULL;
+  memset(&d, 0, sizeof d);
+  d.shape = s;
+  snprintf(name, sizeof name, "p%d", k);
+  t = exf_param_new(r->model, name, &d);
+  if (t == NULL) return NULL;
+  for (i = 0; i < t->size; i++)
+    t->data[i] = (exf_real)(lo + (hi - lo) * exf_rng_uniform(5, 2, (uint32_t)k, i));
+  r->param[r->n++] = t;
+  return t;
+}
+
+/* Loss += sum of y times fixed random numbers, so that no gradient is degenerate. */
+static void W(exf_ctx *ctx, recipe *r, exf_tensor *y) {
+  exf_tensor *c, *l;
+  size_t i;
+  if (y == NULL) { r->loss = NULL; return; }
+  c = exf_tensor_new(ctx, y->shape, NULL);
+  if (c == NULL) { r->loss = NULL; return; }
+  r->salt++;
+  for (i = 0; i < c->size; i++)
+    c->data[i] = (exf_real)(0.2 + 0.8 * exf_rng_uniform(6, r->salt, 0, i)
+                            * (exf_rng_u32(7, r->salt, 0, i) & 1 ? 1 : -1));
+  l = exf_sum(ctx, exf_mul(ctx, y, c), EXF_ALL_AXES, 0);
+  r->loss = r->salt == 1 ? l : exf_add(ctx, r->loss, l);
+}
+
+static exf_tensor *recipe_build(exf_ctx *ctx, void *self) {
+  recipe *r = (recipe *)self;
+  r->next = 0;
+  r->salt = 0;
+  r->loss = NULL;
+  exf_step_begin(ctx, 3);   /* the same dropout in every call */
+  r->body(ctx, r);
+  return r->loss;
+}
+
+typedef exf_tensor *(*binary_op)(exf_ctx *ctx, exf_tensor *a, exf_tensor *b);
+typedef exf_tensor *(*unary_op)(exf_ctx *ctx, exf_tensor *x);
+
+/* Both sides broadcast, one, none, and the same tensor on both sides. */
+static void binary(exf_ctx *ctx, recipe *r, binary_op op) {
+  exf_tensor *a;
+  W(ctx, r, op(ctx, P(r, exf_shape3(2, 3, 4), 0.5, 2), P(r, exf_shape3(2, 3, 4), 0.5, 2)));
+  W(ctx, r, op(ctx, P(r, exf_shape3(2, 3, 4), 0.5, 2), P(r, exf_shape1(4), 0.5, 2)));
+  W(ctx, r, op(ctx, P(r, exf_shape1(4), 0.5, 2), P(r, exf_shape3(2, 3, 4), 0.5, 2)));
+  W(ctx, r, op(ctx, P(r, exf_shape2(3, 1), 0.5, 2), P(r, exf_shape3(2, 1, 4), 0.5, 2)));
+  W(ctx, r, op(ctx, P(r, exf_shape0(), 0.5, 2), P(r, exf_shape2(2, 3), 0.5, 2)));
+  W(ctx, r, op(ctx, P(r, exf_shape2(2, 3), 0.5, 2), P(r, exf_shape0(), 0.5, 2)));
+  W(ctx, r, op(ctx, P(r, exf_shape5(2, 1, 3, 1, 2), 0.5, 2),
+               P(r, exf_shape4(2, 1, 3, 1), 0.5, 2)));
+  W(ctx, r, op(ctx, P(r, exf_shape2(5, 37), 0.5, 2), P(r, exf_shape2(5, 1), 0.5, 2)));
+  a = P(r, exf_shape2(2, 3), 0.5, 2);
+  W(ctx, r, op(ctx, a, a));
+  W(ctx, r, op(ctx, exf_square(ctx, a), a));
+}
+
+static void unary(exf_ctx *ctx, recipe *r, unary_op op, double lo, double hi) {
+  exf_tensor *a = P(r, exf_shape3(2, 3, 7), lo, hi), *y = op(ctx, a);
+  W(ctx, r, y);
+  W(ctx, r, exf_mul(ctx, y, y));     /* the result is used twice */
+  W(ctx, r, op(ctx, P(r, exf_shape0(), lo, hi)));
+  W(ctx, r, op(ctx, P(r, exf_shape1(37), lo, hi)));
+}
+
+static exf_tensor *scale_some(exf_ctx *ctx, exf_tensor *x) {
+  return exf_scale(ctx, x, -1.75);
+}
+
+static void recipe_ADD(exf_ctx *ctx, recipe *r) { binary(ctx, r, exf_add); }
+static void recipe_SUB(exf_ctx *ctx, recipe *r) { binary(ctx, r, exf_sub); }
+static void recipe_MUL(exf_ctx *ctx, recipe *r) { binary(ctx, r, exf_mul); }
+static void recipe_DIV(exf_ctx *ctx, recipe *r) { binary(ctx, r, exf_div); }
+static void recipe_SCALE(exf_ctx *ctx, recipe *r) { unary(ctx, r, scale_some, -2, 2); }
+static void recipe_NEG(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_neg, -2, 2); }
+static void recipe_EXP(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_exp, -2, 1); }
+static void recipe_LOG(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_log, 0.5, 3); }
+static void recipe_TANH(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_tanh, -2, 2); }
+static void recipe_SQRT(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_sqrt, 0.5, 3); }
+static void recipe_SQUARE(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_square, -2, 2); }
+static void recipe_GELU(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_gelu, -3, 3); }
+static void recipe_GELU_TANH(exf_ctx *ctx, recipe *r) {
+  unary(ctx, r, exf_gelu_tanh, -3, 3);
+}
+static void recipe_SILU(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_silu, -3, 3); }
+
+/* Both sides of the kink, and nothing near it. */
+static void recipe_RELU(exf_ctx *ctx, recipe *r) {
+  exf_tensor *a = P(r, exf_shape2(3, 7), 0.1, 2), *b = P(r, exf_shape2(3, 7), 0.1, 2);
+  exf_tensor *n = exf_neg(ctx, b), *both[2];
+  both[0] = a;
+  both[1] = exf_mul(ctx, n, a);
+  W(ctx, r, exf_relu(ctx, a));
+  W(ctx, r, exf_relu(ctx, exf_concat(ctx, both, 2, 0)));
+  W(ctx, r, exf_add(ctx, exf_relu(ctx, n), b));
+}
+
+static void recipe_MATMUL(exf_ctx *ctx, recipe *r) {
+  int f;
+  for (f = 0; f < 4; f++) {
+    int ta = f & 1, tb = f >> 1;
+    exf_shape a2 = ta ? exf_shape2(4, 3) : exf_shape2(3, 4);
+    exf_shape b2 = tb ? exf_shape2(5, 4) : exf_shape2(4, 5);
+    exf_shape a3 = exf_shape3(2, a2.dim[0], a2.dim[1]);
+    exf_shape b3 = exf_shape3(2, b2.dim[0], b2.dim[1]);
+    exf_shape a4 = exf_shape4(2, 2, a2.dim[0], a2.dim[1]);
+    exf_shape b4 = exf_shape4(2, 2, b2.dim[0], b2.dim[1]);
+    W(ctx, r, exf_matmul(ctx, P(r, a2, -1, 1), P(r, b2, -1, 1), ta, tb));
+    W(ctx, r, exf_matmul(ctx, P(r, a3, -1, 1), P(r, b3, -1, 1), ta, tb));
+    W(ctx, r, exf_matmul(ctx, P(r, a3, -1, 1), P(r, b2, -1, 1), ta, tb));
+    W(ctx, r, exf_matmul(ctx, P(r, a2, -1, 1), P(r, b3, -1, 1), ta, tb));
+    W(ctx, r, exf_matmul(ctx, P(r, a4, -1, 1), P(r, b4, -1, 1), ta, tb));
+  }
+  {
+    exf_tensor *s = P(r, exf_shape2(3, 3), -1, 1);
+    W(ctx, r, exf_matmul(ctx, s, s, 0, 1));   /* one tensor on both sides */
+    W(ctx, r, exf_matmul(ctx, P(r, exf_shape2(1, 9), -1, 1),
+                         P(r, exf_shape2(9, 1), -1, 1), 0, 0));
+  }
+}
+
+static void recipe_LINEAR(exf_ctx *ctx, recipe *r) {
+  exf_tensor *x = P(r, exf_shape3(2, 3, 4), -1, 1), *w = P(r, exf_shape2(5, 4), -1, 1);
+  exf_tensor *sq = P(r, exf_shape2(4, 4), -1, 1), *b = P(r, exf_shape1(4), -1, 1), *y;
+  W(ctx, r, exf_linear(ctx, x, w, NULL));
+  W(ctx, r, exf_linear(ctx, x, w, P(r, exf_shape1(5), -1, 1)));
+  W(ctx, r, exf_linear(ctx, P(r, exf_shape2(3, 4), -1, 1), w, NULL));
+  y = exf_linear(ctx, exf_tanh(ctx, exf_linear(ctx, x, sq, b)), sq, b); /* w, b twice */
+  W(ctx, r, y);
+  W(ctx, r, exf_linear(ctx, P(r, exf_shape2(1, 4), -1, 1), sq, b));
+}
+
+static void rows(exf_ctx *ctx, recipe *r, unary_op op) {
+  W(ctx, r, op(ctx, P(r, exf_shape3(2, 3, 5), -2, 2)));
+  W(ctx, r, op(ctx, P(r, exf_shape1(7), -2, 2)));
+  W(ctx, r, op(ctx, P(r, exf_shape2(2, 37), -2, 2)));
+}
+static void recipe_SOFTMAX(exf_ctx *ctx, recipe *r) { rows(ctx, r, exf_softmax); }
+static void recipe_LOG_SOFTMAX(exf_ctx *ctx, recipe *r) { rows(ctx, r, exf_log_softmax); }
+
+static void recipe_LAYERNORM(exf_ctx *ctx, recipe *r) {
+  exf_tensor *x = P(r, exf_shape3(2, 3, 5), -2, 2), *w = P(r, exf_shape1(5), 0.5, 2);
+  W(ctx, r, exf_layernorm(ctx, x, w, NULL, 1e-5));
+  W(ctx, r, exf_layernorm(ctx, x, w, P(r, exf_shape1(5), -1, 1), 1e-2));
+  W(ctx, r, exf_layernorm(ctx, P(r, exf_shape2(40, 3), -2, 2),
+                          P(r, exf_shape1(3), 0.5, 2), P(r, exf_shape1(3), -1, 1), 1e-3));
+  W(ctx, r, exf_layernorm(ctx, P(r, exf_shape2(2, 37), -2, 2),
+                          P(r, exf_shape1(37), 0.5, 2), NULL, 1e-5));
+}
+
+static void recipe_RMSNORM(exf_ctx *ctx, recipe *r) {
+  exf_tensor *x = P(r, exf_shape3(2, 3, 5), -2, 2), *w = P(r, exf_shape1(5), 0.5, 2);
+  W(ctx, r, exf_rmsnorm(ctx, x, w, 1e-5));
+  W(ctx, r, exf_rmsnorm(ctx, P(r, exf_shape2(2, 37), -2, 2),
+                        P(r, exf_shape1(37), 0.5, 2), 1e-2));
+}
+
+static void recipe_EMBEDDING(exf_ctx *ctx, recipe *r) {
+  static const int32_t ids[8] = {3, 0, 3, 3, 1, 0, 4, 1};
+  exf_tensor *t = P(r, exf_shape2(5, 3), -1, 1);
+  W(ctx, r, exf_embedding(ctx, t, ids, 2, 4));
+  W(ctx, r, exf_embedding(ctx, t, ids + 2, 5, 0));
+}
+
+static void recipe_DROPOUT(exf_ctx *ctx, recipe *r) {
+  exf_tensor *x = P(r, exf_shape3(2, 10, 5), -1, 1), *y;
+  int before = exf_training_set(ctx, 1);
+  y = exf_dropout(ctx, x, 0.4);
+  W(ctx, r, y);
+  W(ctx, r, exf_dropout(ctx, exf_tanh(ctx, x), 0.1));
+  W(ctx, r, exf_dropout(ctx, x, 0));
+  exf_training_set(ctx, 0);
+  W(ctx, r, exf_dropout(ctx, x, 0.4));
+  exf_training_set(ctx, before);
+}
+
+/* A view's gradient joins what reaches the tensor directly. */
+static void recipe_RESHAPE(exf_ctx *ctx, recipe *r) {
+  exf_tensor *x = P(r, exf_shape2(4, 6), -1, 1), *h = exf_tanh(ctx, x);
+  W(ctx, r, exf_reshape(ctx, x, exf_shape3(2, 3, 4)));
+  W(ctx, r, exf_square(ctx, exf_reshape(ctx, h, exf_shape1(24))));
+  W(ctx, r, h);
+  W(ctx, r, exf_mul(ctx, exf_reshape(ctx, h, exf_shape2(6, 4)),
+                    exf_reshape(ctx, exf_reshape(ctx, h, exf_shape1(24)),
+                                exf_shape2(6, 4))));
+  W(ctx, r, exf_reshape(ctx, P(r, exf_shape0(), -1, 1), exf_shape2(1, 1)));
+}
+
+static void recipe_PERMUTE(exf_ctx *ctx, recipe *r) {
+  static const int three[6][3] = {{0, 1, 2}, {0, 2, 1}, {1, 0, 2},
+                                  {1, 2, 0}, {2, 0, 1}, {2, 1, 0}};
+  static const int five[5] = {3, 0, 4, 1, 2}, two[2] = {1, 0};
+  exf_tensor *x = P(r, exf_shape3(2, 3, 4), -1, 1);
+  int i;
+  for (i = 0; i < 6; i++) W(ctx, r, exf_permute(ctx, x, three[i]));
+  W(ctx, r, exf_permute(ctx, P(r, exf_shape5(2, 1, 3, 2, 2), -1, 1), five));
+  W(ctx, r, exf_permute(ctx, P(r, exf_shape2(3, 19), -1, 1), two));
+}
+
+static void recipe_CONCAT(exf_ctx *ctx, recipe *r) {
+  int axis;
+  for (axis = 0; axis < 3; axis++) {
+    exf_shape s = exf_shape3(2, 3, 2), u = s;
+    exf_tensor *x[3];
+    u.dim[axis] = 4;
+    x[0] = P(r, s, -1, 1);
+    x[1] = P(r, u, -1, 1);
+    x[2] = x[0];
+    W(ctx, r, exf_concat(ctx, x, 3, axis));
+    W(ctx, r, exf_concat(ctx, x, 2, axis));
+    W(ctx, r, exf_concat(ctx, x, 1, axis));
+  }
+}
+
+static void recipe_SLICE(exf_ctx *ctx, recipe *r) {
+  exf_tensor *x = P(r, exf_shape3(3, 4, 5), -1, 1);
+  int axis;
+  for (axis = 0; axis < 3; axis++) {
+    size_t n = x ? x->shape.dim[axis] : 0;
+    W(ctx, r, exf_slice(ctx, x, axis, 1, 3));
+    W(ctx, r, exf_slice(ctx, x, axis, 0, 1));
+    W(ctx, r, exf_slice(ctx, x, axis, 2, n));
+    W(ctx, r, exf_slice(ctx, x, axis, 0, n));
+  }
+}
+
+static void reduce(exf_ctx *ctx, recipe *r,
+                   exf_tensor *(*op)(exf_ctx *, exf_tensor *, unsigned, int)) {
+  exf_tensor *x = P(r, exf_shape3(3, 2, 4), -1, 1);
+  unsigned axes;
+  for (axes = 1; axes < 8; axes++) {
+    W(ctx, r, op(ctx, x, axes, 0));
+    W(ctx, r, exf_square(ctx, op(ctx, x, axes, 1)));
+  }
+  W(ctx, r, op(ctx, x, EXF_ALL_AXES, 0));
+  W(ctx, r, op(ctx, exf_square(ctx, x), EXF_ALL_AXES, 1));
+  W(ctx, r, op(ctx, P(r, exf_shape2(2, 37), -1, 1), EXF_AXIS(1), 0));
+}
+static void recipe_SUM(exf_ctx *ctx, recipe *r) { reduce(ctx, r, exf_sum); }
+static void recipe_MEAN(exf_ctx *ctx, recipe *r) { reduce(ctx, r, exf_mean); }
+
+static void recipe_CROSS_ENTROPY(exf_ctx *ctx, recipe *r) {
+  static const int32_t labels[6] = {3, -1, 0, 6, -100, 3};
+  static const int32_t none[6] = {-1, -1, -1, -1, -1, -1};
+  exf_tensor *x = P(r, exf_shape2(6, 7), -2, 2), *y = P(r, exf_shape3(2, 3, 7), -2, 2);
+  W(ctx, r, exf_cross_entropy(ctx, x, labels, 0));
+  W(ctx, r, exf_cross_entropy(ctx, x, labels, 0.1));
+  W(ctx, r, exf_cross_entropy(ctx, y, labels, 0.3));
+  W(ctx, r, exf_cross_entropy(ctx, exf_tanh(ctx, y), labels, 0));
+  W(ctx, r, exf_cross_entropy(ctx, x, none, 0.1));
+  W(ctx, r, exf_cross_entropy(ctx, P(r, exf_shape2(2, 37), -2, 2), labels + 2, 0.1));
+}
+
+static void recipe_ATTENTION(exf_ctx *ctx, recipe *r) {
+  size_t heads;
+  int causal;
+  exf_tensor *x = P(r, exf_shape3(2, 5, 18), -1.5, 1.5);
+  exf_tensor *tall = P(r, exf_shape3(1, 35, 6), -1.5, 1.5);
+  for (causal = 0; causal < 2; causal++) {
+    for (heads = 1; heads <= 3; heads++)
+      W(ctx, r, exf_attention(ctx, x, heads, causal));
+    W(ctx, r, exf_attention(ctx, tall, 1, causal));     /* more than one query block */
+    W(ctx, r, exf_attention(ctx, exf_tanh(ctx, x), 6, causal));
+  }
+  W(ctx, r, exf_attention(ctx, P(r, exf_shape3(2, 1, 6), -1, 1), 2, 1));
+}
+
+static void recipe_FUSE(exf_ctx *ctx, recipe *r) {
+  exf_tensor *a = P(r, exf_shape1(3), -1, 1), *e = P(r, exf_shape3(3, 2, 5), -1, 1);
+  exf_tensor *y = exf_fuse(ctx, a, e);
+  W(ctx, r, y);
+  W(ctx, r, exf_square(ctx, y));
+  W(ctx, r, exf_fuse(ctx, exf_softmax(ctx, a), P(r, exf_shape2(3, 37), -1, 1)));
+  W(ctx, r, exf_fuse(ctx, P(r, exf_shape1(1), -1, 1), P(r, exf_shape2(1, 4), -1, 1)));
+}
+
+/* y_i = x_i^2 w_i + s x_i, s from the user pointer */
+static void custom_forward(void *user, const exf_tensor *const *in, exf_real *out) {
+  exf_real s = *(const exf_real *)user;
+  size_t i;
+  for (i = 0; i < in[0]->size; i++) {
+    exf_real x = in[0]->data[i];
+    out[i] = x * x * in[1]->data[i] + s * x;
+  }
+}
+static void custom_backward(void *user, const exf_tensor *const *in,
+                            const exf_tensor *out, const exf_real *dout,
+                            exf_real *const *din) {
+  exf_real s = *(const exf_real *)user;
+  size_t i;
+  for (i = 0; i < out->size; i++) {
+    exf_real x = in[0]->data[i], w = in[1]->data[i];
+    if (din[0] != NULL) din[0][i] += (2 * x * w + s) * dout[i];
+    if (din[1] != NULL) din[1][i] += x * x * dout[i];
+  }
+}
+static void recipe_CUSTOM(exf_ctx *ctx, recipe *r) {
+  static exf_real factor = (exf_real)1.5;
+  exf_custom_desc d;
+  exf_tensor *in[2], *x = P(r, exf_shape2(3, 4), -1, 1);
+  exf_real w[12];
+  int i;
+  for (i = 0; i < 12; i++) w[i] = (exf_real)(0.1 * i - 0.5);
+  memset(&d, 0, sizeof d);
+  d.name = "square_and_scale";
+  d.out = exf_shape2(3, 4);
+  d.forward = custom_forward;
+  d.backward = custom_backward;
+  d.user = &factor;
+  in[0] = x;
+  in[1] = P(r, exf_shape2(3, 4), -1, 1);
+  W(ctx, r, exf_custom(ctx, &d, in, 2));
+  in[1] = exf_tensor_new(ctx, d.out, w);   /* needs no gradient */
+  W(ctx, r, exf_custom(ctx, &d, in, 2));
+  in[1] = x;
+  W(ctx, r, exf_custom(ctx, &d, in, 2));
+}
+
+/* ---- the op table: an op without a recipe does not compile ------------------------ */
+
+typedef struct row {
+  const char *name;
+  void (*body)(exf_ctx *ctx, recipe *r);
+} row;
+#define ROW(NAME, ...) {#NAME, recipe_##NAME},
+static const row table[] = {EXF__OPS(ROW)};
+#undef ROW
+#define N_OPS (sizeof table / sizeof table[0])
+
+static void report(const char *name, const exf_gradcheck_report *g) {
+  if (!(g->worst <= BAR) || !(g->worst_relative <= BAR_RELATIVE) || !(g->largest > 0))
+    printf("  %s: worst %.3g, relative %.3g at %s, largest %.3g, %lu numbers\n", name,
+           g->worst, g->worst_relative, g->where, g->largest,
+           (unsigned long)g->n_checked);
+}
+
+static void check_recipe(const row *op, exf_isa isa) {
+  exf_gradcheck_report g;
+  exf_desc desc;
+  exf_ctx *ctx;
+  recipe r;
+  int grad;
+  memset(&desc, 0, sizeof desc);
+  memset(&r, 0, sizeof r);
+  memset(&g, 0, sizeof g);
+  desc.isa = isa;
+  desc.n_threads = 2;
+  ctx = exf_ctx_new(&desc);
+  r.model = exf_model_new(ctx);
+  r.body = op->body;
+  grad = exf_grad_set(ctx, 0);
+  recipe_build(ctx, &r);      /* makes the parameters */
+  exf_rewind(ctx);
+  exf_grad_set(ctx, grad);
+  CHECK_OK(ctx);
+  if (CHECK(exf_gradcheck(r.model, recipe_build, &r, 0, &g) == EXF_OK)) {
+    report(op->name, &g);
+    CHECK(g.worst <= BAR);
+    CHECK(g.worst_relative <= BAR_RELATIVE);
+    CHECK(g.largest > 0);
+    CHECK(g.n_checked == exf_model_count(r.model));
+  } else {
+    printf("  %s: %s\n", op->name, exf_error(ctx));
+  }
+  exf_model_free(r.model);
+  exf_ctx_free(ctx);
+}
+
+/* The instruction sets of this machine, the reference first. */
+static int isas(exf_isa *out) {
+  static const exf_isa all[] = {EXF_ISA_REF, EXF_ISA_SSE2, EXF_ISA_AVX2, EXF_ISA_AVX512,
+                                EXF_ISA_NEON};
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  int i, n = 0;
+  for (i = 0; i < 5; i++) {
+    if (exf_isa_set(ctx, all[i]) == EXF_OK) out[n++] = all[i];
+    exf_error_clear(ctx);
+  }
+  exf_ctx_free(ctx);
+  return n;
+}
+
+static const row *current;
+static void gradient_of_op(void) {
+  exf_isa list[8];
+  int i, n = isas(list);
+  for (i = 0; i < n; i++) check_recipe(current, list[i]);
+}
+
+/* ---- gradients of whole models ---------------------------------------------------- */
+
+typedef struct whole {
+  tiny_gpt gpt;
+  int32_t ids[16], labels[16];
+} whole;
+
+static exf_tensor *whole_loss(exf_ctx *ctx, void *user) {
+  whole *w = (whole *)user;
+  exf_step_begin(ctx, 3);
+  return tiny_loss(ctx, &w->gpt, w->ids, w->labels, 2, 4);
+}
+
+/* Four-point differences of width 1e-4: at 1e-3 the curvature of LayerNorm over six
+   numbers shows (an error that falls sixteenfold with every halving). */
+#define WIDTH 1e-4
+
+static void check_whole(int variant, int bias, exf_act act, double dropout, double h) {
+  exf_gradcheck_report g;
+  tiny_desc d = tiny_defaults();
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  whole w;
+  char name[64];
+  size_t i, j;
+  d.width = 6;
+  d.hidden = 7;
+  d.vocab = 5;
+  d.block = 4;
+  d.bias = bias;
+  d.init_std = 0.5;
+  d.act = act;
+  d.dropout = dropout;
+  d.fusion = tiny_variant(variant, 3);
+  d.fusion.mu = 0.5;
+  memset(&w, 0, sizeof w);
+  memset(&g, 0, sizeof g);
+  w.gpt = tiny_new(ctx, &d);
+  tiny_batch(&w.gpt, 0, 2, 4, w.ids, w.labels);
+  w.labels[3] = -1;
+  /* biases, norms and the router away from their plain starts */
+  for (i = 0; i < exf_model_n_params(w.gpt.model); i++) {
+    exf_tensor *t = exf_param_tensor(exf_model_param(w.gpt.model, i));
+    for (j = 0; j < t->size; j++)
+      t->data[j] += (exf_real)(0.25 * exf_rng_normal(8, (uint32_t)i, 0, j));
+  }
+  exf_training_set(ctx, 1);
+  snprintf(name, sizeof name, "%s, bias %d, %s, dropout %g", tiny_variant_names[variant],
+           bias, exf_act_name(act), dropout);
+  if (CHECK(exf_gradcheck(w.gpt.model, whole_loss, &w, h, &g) == EXF_OK)) {
+    report(name, &g);
+    CHECK(g.worst <= BAR);
+    CHECK(g.worst_relative <= BAR_RELATIVE);
+    CHECK(g.largest > 0);
+    CHECK(g.n_checked == exf_model_count(w.gpt.model));
+  } else {
+    printf("  %s: %s\n", name, exf_error(ctx));
+  }
+  exf_model_free(w.gpt.model);
+  exf_ctx_free(ctx);
+}
+
+#ifdef EXF_DOUBLE
+/* Plain mb detaches the router's input, which differences cannot see: variant 4 is left
+   out, 5 and 6 have it attached. */
+TEST(gradient_of_whole_gpt_with_each_variant) {
+  int v, bias;
+  for (v = 0; v < TINY_N_VARIANTS; v++)
+    for (bias = 0; bias < 2; bias++)
+      if (v != 4) check_whole(v, bias, EXF_GELU, 0, WIDTH);
+}
+TEST(gradient_of_whole_gpt_with_each_activation) {
+  int v;
+  for (v = 0; v <= 6; v += 3) {    /* dense, dw softmax, mb routed */
+    check_whole(v, 1, EXF_GELU_TANH, 0, WIDTH);
+    check_whole(v, 1, EXF_SILU, 0, WIDTH);
+    check_whole(v, 1, EXF_SWIGLU, 0, WIDTH);
+    check_whole(v, 0, EXF_SWIGLU, 0, WIDTH);
+    check_whole(v, 1, EXF_RELU, 0, 1e-5);  /* narrow: no kink between the four points */
+  }
+}
+TEST(gradient_of_whole_gpt_with_dropout) {
+  check_whole(0, 1, EXF_GELU, 0.2, WIDTH);
+  check_whole(2, 0, EXF_GELU, 0.2, WIDTH);
+}
+
+/* With the router's input detached, everything but what lies before the last FFN's router
+   keeps its exact gradient: a model of one FFN whose input is no parameter. */
+typedef struct lone {
+  exf_ffn *ffn;
+  exf_real x[15];
+} lone;
+static exf_tensor *lone_loss(exf_ctx *ctx, void *user) {
+  lone *l = (lone *)user;
+  exf_tensor *x = exf_tensor_new(ctx, exf_shape2(3, 5), l->x);
+  return exf_sum(ctx, exf_square(ctx, exf_ffn_forward(ctx, l->ffn, x)), EXF_ALL_AXES, 0);
+}
+TEST(gradient_of_detached_memory_bank_ffn) {
+  int routed;
+  for (routed = 0; routed < 2; routed++) {
+    exf_ctx *ctx = exf_ctx_new(NULL);
+    exf_model *m = exf_model_new(ctx);
+    exf_gradcheck_report g;
+    exf_ffn_desc d;
+    lone l;
+    size_t i;
+    memset(&d, 0, sizeof d);
+    d.width = 5;
+    d.hidden = 6;
+    d.bias = 1;
+    d.fusion.variant = EXF_MB;
+    d.fusion.n_experts = 3;
+    d.fusion.routed = routed;
+    l.ffn = exf_ffn_new(m, "ffn", &d);
+    for (i = 0; i < 15; i++) l.x[i] = (exf_real)exf_rng_normal(4, 0, 0, i);
+    exf_training_set(ctx, 1);
+    memset(&g, 0, sizeof g);
+    CHECK(exf_gradcheck(m, lone_loss, &l, 0, &g) == EXF_OK);
+    report("lone ffn", &g);
+    CHECK(g.worst <= BAR);
+    CHECK(g.worst_relative <= BAR_RELATIVE);
+    CHECK(g.largest > 0);
+    CHECK_OK(ctx);
+    exf_model_free(m);
+    exf_ctx_free(ctx);
+  }
+}
+#endif
+
+/* gradcheck itself must be able to fail: a custom op with a wrong backward. */
+static void wrong_backward(void *user, const exf_tensor *const *in, const exf_tensor *out,
+                           const exf_real *dout, exf_real *const *din) {
+  size_t i;
+  (void)user;
+  (void)in;
+  for (i = 0; i < out->size; i++)
+    if (din[0] != NULL) din[0][i] += (exf_real)1.1 * dout[i];
+}
+static void same_forward(void *user, const exf_tensor *const *in, exf_real *out) {
+  (void)user;
+  memcpy(out, in[0]->data, in[0]->size * sizeof *out);
+}
+static void recipe_wrong(exf_ctx *ctx, recipe *r) {
+  exf_custom_desc d;
+  exf_tensor *in[1];
+  memset(&d, 0, sizeof d);
+  d.name = "wrong";
+  d.out = exf_shape1(4);
+  d.forward = same_forward;
+  d.backward = wrong_backward;
+  in[0] = P(r, d.out, -1, 1);
+  W(ctx, r, exf_custom(ctx, &d, in, 1));
+}
+TEST(gradcheck_sees_a_wrong_backward) {
+  exf_gradcheck_report g;
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  recipe r;
+  memset(&r, 0, sizeof r);
+  memset(&g, 0, sizeof g);
+  r.model = exf_model_new(ctx);
+  r.body = recipe_wrong;
+  recipe_build(ctx, &r);
+  exf_rewind(ctx);
+  CHECK(exf_gradcheck(r.model, recipe_build, &r, 0, &g) == EXF_OK);
+  CHECK(g.worst > 0.05);
+  CHECK(g.worst_relative > 0.05);
+  CHECK(strstr(g.where, "p0") != NULL);
+  exf_model_free(r.model);
+  exf_ctx_free(ctx);
+}
+
+/* ---- values against plain loops --------------------------------------------------- */
+
+static exf_tensor *noise(exf_ctx *ctx, exf_shape s, uint32_t salt, double scale) {
+  exf_tensor *t = exf_tensor_new(ctx, s, NULL);
+  size_t i;
+  for (i = 0; t != NULL && i < t->size; i++)
+    t->data[i] = (exf_real)(scale * exf_rng_normal(11, salt, 0, i));
+  return t;
+}
+
+/* One context per instruction set for a value test. */
+static void on_each_isa(void (*test)(exf_ctx *ctx)) {
+  exf_isa list[8];
+  int i, n = isas(list);
+  for (i = 0; i < n; i++) {
+    exf_desc d;
+    exf_ctx *ctx;
+    memset(&d, 0, sizeof d);
+    d.isa = list[i];
+    d.n_threads = 2;
+    ctx = exf_ctx_new(&d);
+    test(ctx);
+    CHECK_OK(ctx);
+    exf_ctx_free(ctx);
+  }
+}
+
+static void matmul_case(exf_ctx *ctx, size_t B, size_t m, size_t n, size_t k, int ta,
+                        int tb, int batched_b) {
+  exf_tensor *a = noise(ctx, ta ? exf_shape3(B, k, m) : exf_shape3(B, m, k), 1, 1);
+  exf_tensor *b = batched_b
+    ? noise(ctx, tb ? exf_shape3(B, n, k) : exf_shape3(B, k, n), 2, 1)
+    : noise(ctx, tb ? exf_shape2(n, k) : exf_shape2(k, n), 2, 1);
+  exf_tensor *c = exf_matmul(ctx, a, b, ta, tb);
+  size_t s, i, j, l, bad = 0;
+  if (!CHECK(c != NULL)) return;
+  CHECK(c->shape.n == 3 && c->shape.dim[0] == B && c->shape.dim[1] == m
+        && c->shape.dim[2] == n);
+  for (s = 0; s < B; s++)
+    for (i = 0; i < m; i++)
+      for (j = 0; j < n; j++) {
+        const exf_real *as = a->data + s * m * k;
+        const exf_real *bs = b->data + (batched_b ? s * n * k : 0);
+        double sum = 0, size = 0, got = (double)c->data[(s * m + i) * n + j];
+        for (l = 0; l < k; l++) {
+          double t = (double)as[ta ? l * m + i : i * k + l]
+                   * (double)bs[tb ? j * k + l : l * n + j];
+          sum += t;
+          size += fabs(t);
+        }
+        if (!(fabs(got - sum) <= VALUE * (size + 1e-30))) bad++;
+      }
+  CHECK(bad == 0);
+  exf_rewind(ctx);
+}
+static void matmul_values_in(exf_ctx *ctx) {
+  static const size_t size[][3] = {{1, 1, 1}, {1, 65, 128}, {3, 4, 5}, {13, 33, 7},
+                                   {48, 65, 128}, {64, 64, 32}, {31, 17, 300},
+                                   {130, 70, 520}, {5, 1, 9}};
+  size_t i;
+  int f;
+  for (i = 0; i < sizeof size / sizeof size[0]; i++)
+    for (f = 0; f < 8; f++)
+      matmul_case(ctx, f & 4 ? 1 : 2, size[i][0], size[i][1], size[i][2], f & 1,
+                  (f >> 1) & 1, f & 4 ? 0 : 1);
+}
+TEST(matmul_values) { on_each_isa(matmul_values_in); }
+
+static void linear_values_in(exf_ctx *ctx) {
+  exf_tensor *x = noise(ctx, exf_shape3(2, 9, 31), 1, 1);
+  exf_tensor *w = noise(ctx, exf_shape2(18, 31), 2, 1), *b = noise(ctx, exf_shape1(18), 3, 1);
+  exf_tensor *y = exf_linear(ctx, x, w, b);
+  size_t r, j, l;
+  if (!CHECK(y != NULL)) return;
+  CHECK(y->shape.n == 3 && y->shape.dim[0] == 2 && y->shape.dim[1] == 9
+        && y->shape.dim[2] == 18);
+  for (r = 0; r < 18; r++)
+    for (j = 0; j < 18; j++) {
+      double s = (double)b->data[j];
+      for (l = 0; l < 31; l++) s += (double)x->data[r * 31 + l] * (double)w->data[j * 31 + l];
+      CHECK_NEAR(y->data[r * 18 + j], s, 20 * VALUE);
+    }
+  exf_rewind(ctx);
+}
+TEST(linear_values) { on_each_isa(linear_values_in); }
+
+static void softmax_values_in(exf_ctx *ctx) {
+  static const size_t width[] = {1, 2, 15, 16, 17, 65, 300};
+  size_t c, i, j;
+  for (c = 0; c < sizeof width / sizeof width[0]; c++) {
+    size_t n = width[c];
+    exf_tensor *x = noise(ctx, exf_shape2(5, n), 1, 3);
+    exf_tensor *y = exf_softmax(ctx, x), *z = exf_log_softmax(ctx, x);
+    if (!CHECK(y != NULL && z != NULL)) return;
+    for (i = 0; i < 5; i++) {
+      const exf_real *row_x = x->data + i * n;
+      double m = -1e300, s = 0;
+      for (j = 0; j < n; j++) m = m > (double)row_x[j] ? m : (double)row_x[j];
+      for (j = 0; j < n; j++) s += exp((double)row_x[j] - m);
+      for (j = 0; j < n; j++) {
+        CHECK_NEAR(y->data[i * n + j], exp((double)row_x[j] - m) / s, VALUE);
+        CHECK_NEAR(z->data[i * n + j], (double)row_x[j] - m - log(s), 20 * VALUE);
+      }
+    }
+    exf_rewind(ctx);
+  }
+}
+TEST(softmax_values) { on_each_isa(softmax_values_in); }
+
+static void softmax_edges_in(exf_ctx *ctx) {
+  static const size_t n = 19;
+  exf_tensor *x = noise(ctx, exf_shape2(3, n), 1, 1), *y;
+  size_t j;
+  double s = 0;
+  for (j = 0; j < n; j++) x->data[j] = (exf_real)-INFINITY;            /* no finite entry */
+  for (j = 0; j < n; j++) if (j != 7) x->data[n + j] = (exf_real)-INFINITY;
+  for (j = 0; j < n; j++) x->data[2 * n + j] += (exf_real)5000;         /* large numbers */
+  y = exf_softmax(ctx, x);
+  if (!CHECK(y != NULL)) return;
+  for (j = 0; j < n; j++) {
+    CHECK(y->data[j] == 0);
+    CHECK(y->data[n + j] == (exf_real)(j == 7));
+    s += (double)y->data[2 * n + j];
+  }
+  CHECK_NEAR(s, 1, 10 * VALUE);
+  exf_rewind(ctx);
+}
+TEST(softmax_of_infinite_rows) { on_each_isa(softmax_edges_in); }
+
+static void norm_values_in(exf_ctx *ctx) {
+  static const size_t width[] = {1, 3, 16, 17, 96, 128, 333};
+  size_t c, i, j;
+  for (c = 0; c < sizeof width / sizeof width[0]; c++) {
+    size_t n = width[c];
+    double eps = 1e-3;
+    exf_tensor *x = noise(ctx, exf_shape3(2, 2, n), 1, 2);
+    exf_tensor *w = noise(ctx, exf_shape1(n), 2, 1), *b = noise(ctx, exf_shape1(n), 3, 1);
+    exf_tensor *y = exf_layernorm(ctx, x, w, b, eps);
+    exf_tensor *p = exf_layernorm(ctx, x, w, NULL, eps), *q = exf_rmsnorm(ctx, x, w, eps);
+    if (!CHECK(y != NULL && p != NULL && q != NULL)) return;
+    for (i = 0; i < 4; i++) {
+      const exf_real *row_x = x->data + i * n;
+      double mean = 0, var = 0, square = 0;
+      for (j = 0; j < n; j++) mean += (double)row_x[j] / (double)n;
+      for (j = 0; j < n; j++) {
+        double d = (double)row_x[j] - mean;
+        var += d * d / (double)n;
+        square += (double)row_x[j] * (double)row_x[j] / (double)n;
+      }
+      for (j = 0; j < n; j++) {
+        double v = ((double)row_x[j] - mean) / sqrt(var + eps) * (double)w->data[j];
+        CHECK_NEAR(p->data[i * n + j], v, 20 * VALUE);
+        CHECK_NEAR(y->data[i * n + j], v + (double)b->data[j], 20 * VALUE);
+        CHECK_NEAR(q->data[i * n + j],
+                   (double)row_x[j] / sqrt(square + eps) * (double)w->data[j], 20 * VALUE);
+      }
+    }
+    exf_rewind(ctx);
+  }
+}
+TEST(norm_values) { on_each_isa(norm_values_in); }
+
+static void cross_entropy_case(exf_ctx *ctx, size_t V, double smooth) {
+  static const int32_t labels[6] = {1, -1, 0, 1, -7, 0};
+  exf_tensor *x = noise(ctx, exf_shape3(2, 3, V), 1, 2);
+  exf_tensor *l = exf_cross_entropy(ctx, x, labels, smooth);
+  double total = 0;
+  size_t i, j;
+  for (i = 0; i < 6; i++) {
+    const exf_real *z = x->data + i * V;
+    double m = -1e300, s = 0;
+    if (labels[i] < 0) continue;
+    for (j = 0; j < V; j++) m = m > (double)z[j] ? m : (double)z[j];
+    for (j = 0; j < V; j++) s += exp((double)z[j] - m);
+    for (j = 0; j < V; j++) {
+      double q = (1 - smooth) * (j == (size_t)labels[i]) + smooth / (double)V;
+      total -= q * ((double)z[j] - m - log(s));
+    }
+  }
+  CHECK_NEAR(exf_item(l), total / 4, 20 * VALUE);
+  exf_rewind(ctx);
+}
+static void cross_entropy_values_in(exf_ctx *ctx) {
+  static const int32_t none[2] = {-1, -1};
+  cross_entropy_case(ctx, 2, 0);
+  cross_entropy_case(ctx, 10, 0);
+  cross_entropy_case(ctx, 10, 0.1);
+  cross_entropy_case(ctx, 65, 0.25);
+  CHECK(exf_item(exf_cross_entropy(ctx, noise(ctx, exf_shape2(2, 3), 1, 1), none, 0)) == 0);
+  exf_rewind(ctx);
+}
+TEST(cross_entropy_values) { on_each_isa(cross_entropy_values_in); }
+
+static void attention_case(exf_ctx *ctx, size_t B, size_t T, size_t C, size_t H,
+                           int causal) {
+  exf_tensor *x = noise(ctx, exf_shape3(B, T, 3 * C), 1, 1);
+  exf_tensor *y = exf_attention(ctx, x, H, causal);
+  size_t b, h, t, s, j, d = C / H, bad = 0;
+  double p[128];
+  if (!CHECK(y != NULL)) return;
+  CHECK(y->shape.n == 3 && y->shape.dim[1] == T && y->shape.dim[2] == C);
+  for (b = 0; b < B; b++)
+    for (h = 0; h < H; h++)
+      for (t = 0; t < T; t++) {
+        const exf_real *q = x->data + (b * T + t) * 3 * C + h * d;
+        size_t seen = causal ? t + 1 : T;
+        double sum = 0;
+        for (s = 0; s < seen; s++) {
+          const exf_real *k = x->data + (b * T + s) * 3 * C + C + h * d;
+          double dot = 0;
+          for (j = 0; j < d; j++) dot += (double)q[j] * (double)k[j];
+          p[s] = exp(dot / sqrt((double)d));
+          sum += p[s];
+        }
+        for (j = 0; j < d; j++) {
+          double v = 0;
+          for (s = 0; s < seen; s++)
+            v += p[s] / sum * (double)x->data[(b * T + s) * 3 * C + 2 * C + h * d + j];
+          if (!(fabs((double)y->data[(b * T + t) * C + h * d + j] - v) <= 10 * VALUE)) bad++;
+        }
+      }
+  CHECK(bad == 0);
+  exf_rewind(ctx);
+}
+static void attention_values_in(exf_ctx *ctx) {
+  int causal;
+  for (causal = 0; causal < 2; causal++) {
+    attention_case(ctx, 2, 5, 6, 3, causal);
+    attention_case(ctx, 1, 1, 4, 1, causal);
+    attention_case(ctx, 2, 33, 12, 2, causal);
+    attention_case(ctx, 1, 64, 64, 2, causal);
+    attention_case(ctx, 1, 100, 10, 1, causal);
+  }
+}
+TEST(attention_values) { on_each_isa(attention_values_in); }
+
+static void broadcast_case(exf_ctx *ctx, exf_shape sa, exf_shape sb, exf_shape so) {
+  exf_tensor *a = noise(ctx, sa, 1, 1), *b = noise(ctx, sb, 2, 1), *y[4];
+  size_t i, bad = 0;
+  int k, f;
+  y[0] = exf_add(ctx, a, b);
+  y[1] = exf_sub(ctx, a, b);
+  y[2] = exf_mul(ctx, a, b);
+  y[3] = exf_div(ctx, a, b);
+  for (f = 0; f < 4; f++) {
+    if (!CHECK(y[f] != NULL)) return;
+    CHECK(y[f]->shape.n == so.n);
+    for (k = 0; k < so.n; k++) CHECK(y[f]->shape.dim[k] == so.dim[k]);
+    for (i = 0; i < y[f]->size; i++) {
+      size_t rest = i, ia = 0, ib = 0, stepa = 1, stepb = 1;
+      exf_real u, v, want;
+      for (k = 0; k < so.n; k++) {   /* from the last axis to the first */
+        int o = so.n - 1 - k, ka = sa.n - 1 - k, kb = sb.n - 1 - k;
+        size_t at = rest % so.dim[o];
+        rest /= so.dim[o];
+        if (ka >= 0) { ia += sa.dim[ka] == 1 ? 0 : at * stepa; stepa *= sa.dim[ka]; }
+        if (kb >= 0) { ib += sb.dim[kb] == 1 ? 0 : at * stepb; stepb *= sb.dim[kb]; }
+      }
+      u = a->data[ia];
+      v = b->data[ib];
+      want = f == 0 ? u + v : f == 1 ? u - v : f == 2 ? u * v : u / v;
+      if (y[f]->data[i] != want) bad++;
+    }
+  }
+  CHECK(bad == 0);
+  exf_rewind(ctx);
+}
+static void broadcast_values_in(exf_ctx *ctx) {
+  exf_shape s234 = exf_shape3(2, 3, 4);
+  broadcast_case(ctx, s234, s234, s234);
+  broadcast_case(ctx, s234, exf_shape1(4), s234);
+  broadcast_case(ctx, exf_shape1(4), s234, s234);
+  broadcast_case(ctx, s234, exf_shape0(), s234);
+  broadcast_case(ctx, exf_shape0(), s234, s234);
+  broadcast_case(ctx, exf_shape0(), exf_shape0(), exf_shape0());
+  broadcast_case(ctx, exf_shape2(3, 1), exf_shape3(2, 1, 4), s234);
+  broadcast_case(ctx, exf_shape3(2, 3, 1), exf_shape2(1, 4), s234);
+  broadcast_case(ctx, exf_shape5(2, 1, 3, 1, 5), exf_shape4(4, 1, 6, 1),
+                 exf_shape5(2, 4, 3, 6, 5));
+  broadcast_case(ctx, exf_shape2(70, 33), exf_shape2(70, 1), exf_shape2(70, 33));
+}
+TEST(broadcasting_is_numpys) { on_each_isa(broadcast_values_in); }
+
+static void activation_values_in(exf_ctx *ctx) {
+  exf_tensor *x = noise(ctx, exf_shape1(1003), 1, 2), *y[8];
+  size_t i;
+  int f;
+  y[0] = exf_relu(ctx, x);
+  y[1] = exf_gelu(ctx, x);
+  y[2] = exf_gelu_tanh(ctx, x);
+  y[3] = exf_silu(ctx, x);
+  y[4] = exf_exp(ctx, x);
+  y[5] = exf_tanh(ctx, x);
+  y[6] = exf_log(ctx, y[4]);
+  y[7] = exf_sqrt(ctx, y[4]);
+  for (f = 0; f < 8; f++) if (!CHECK(y[f] != NULL)) return;
+  for (i = 0; i < x->size; i++) {
+    double v = (double)x->data[i], e = (double)y[4]->data[i];
+    double inner = sqrt(2 / 3.14159265358979323846) * (v + 0.044715 * v * v * v);
+    double tol = VALUE * (1 + fabs(v));
+    CHECK((double)y[0]->data[i] == (v > 0 ? v : 0));
+    CHECK_NEAR(y[1]->data[i], 0.5 * v * (1 + erf(v / sqrt(2.0))), tol);
+    CHECK_NEAR(y[2]->data[i], 0.5 * v * (1 + tanh(inner)), tol);
+    CHECK_NEAR(y[3]->data[i], v / (1 + exp(-v)), tol);
+    CHECK_NEAR(y[4]->data[i], exp(v), VALUE * exp(v));
+    CHECK_NEAR(y[5]->data[i], tanh(v), VALUE);
+    CHECK_NEAR(y[6]->data[i], log(e), tol);
+    CHECK_NEAR(y[7]->data[i], sqrt(e), VALUE * sqrt(e));
+  }
+  exf_rewind(ctx);
+}
+TEST(activation_values) { on_each_isa(activation_values_in); }
+
+static void layout_values_in(exf_ctx *ctx) {
+  static const int axes[3] = {2, 0, 1};
+  static const int32_t ids[4] = {2, 0, 2, 1};
+  exf_tensor *x = noise(ctx, exf_shape3(2, 3, 4), 1, 1), *p = exf_permute(ctx, x, axes);
+  exf_tensor *s = exf_slice(ctx, x, 1, 1, 3), *in[2], *c, *e, *u, *m;
+  size_t i, j, k;
+  in[0] = x;
+  in[1] = s;
+  c = exf_concat(ctx, in, 2, 1);
+  e = exf_embedding(ctx, exf_reshape(ctx, x, exf_shape2(3, 8)), ids, 2, 2);
+  u = exf_sum(ctx, x, EXF_AXIS(0) | EXF_AXIS(2), 1);
+  m = exf_mean(ctx, x, EXF_AXIS(1), 0);
+  if (!CHECK(p != NULL && s != NULL && c != NULL && e != NULL && u && m)) return;
+  CHECK(p->shape.dim[0] == 4 && p->shape.dim[1] == 2 && p->shape.dim[2] == 3);
+  CHECK(c->shape.dim[1] == 5 && s->shape.dim[1] == 2);
+  CHECK(u->shape.n == 3 && u->shape.dim[0] == 1 && u->shape.dim[1] == 3
+        && u->shape.dim[2] == 1);
+  CHECK(m->shape.n == 2 && m->shape.dim[0] == 2 && m->shape.dim[1] == 4);
+  for (i = 0; i < 2; i++)
+    for (j = 0; j < 3; j++)
+      for (k = 0; k < 4; k++) {
+        exf_real v = x->data[(i * 3 + j) * 4 + k];
+        CHECK(p->data[(k * 2 + i) * 3 + j] == v);
+        CHECK(c->data[(i * 5 + j) * 4 + k] == v);
+        if (j > 0) CHECK(s->data[(i * 2 + j - 1) * 4 + k] == v);
+        if (j > 0) CHECK(c->data[(i * 5 + 2 + j) * 4 + k] == v);
+      }
+  for (j = 0; j < 3; j++) {
+    double sum = 0;
+    for (i = 0; i < 2; i++)
+      for (k = 0; k < 4; k++) sum += (double)x->data[(i * 3 + j) * 4 + k];
+    CHECK_NEAR(u->data[j], sum, 10 * VALUE);
+  }
+  for (i = 0; i < 2; i++)
+    for (k = 0; k < 4; k++) {
+      double sum = 0;
+      for (j = 0; j < 3; j++) sum += (double)x->data[(i * 3 + j) * 4 + k] / 3;
+      CHECK_NEAR(m->data[i * 4 + k], sum, 10 * VALUE);
+    }
+  for (i = 0; i < 4; i++)
+    for (k = 0; k < 8; k++)
+      CHECK(e->data[i * 8 + k] == x->data[(size_t)ids[i] * 8 + k]);
+  exf_rewind(ctx);
+}
+TEST(layout_and_reduction_values) { on_each_isa(layout_values_in); }
+
+static void fuse_values_in(exf_ctx *ctx) {
+  exf_tensor *a = noise(ctx, exf_shape1(3), 1, 1), *e = noise(ctx, exf_shape3(3, 7, 5), 2, 1);
+  exf_tensor *y = exf_fuse(ctx, a, e);
+  size_t i, j;
+  if (!CHECK(y != NULL)) return;
+  CHECK(y->shape.n == 2 && y->shape.dim[0] == 7 && y->shape.dim[1] == 5);
+  for (j = 0; j < 35; j++) {
+    double v = 0;
+    for (i = 0; i < 3; i++) v += (double)a->data[i] * (double)e->data[i * 35 + j];
+    CHECK_NEAR(y->data[j], v, 10 * VALUE);
+  }
+  exf_rewind(ctx);
+}
+TEST(fuse_values) { on_each_isa(fuse_values_in); }
+
+/* Dropout keeps about 1 - p, scales what it keeps, and is another one at another step. */
+TEST(dropout_values) {
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  exf_tensor *x, *y, *z, *again;
+  size_t i, kept = 0, differ = 0, same = 0, n = 10000;
+  exf_training_set(ctx, 1);
+  exf_step_begin(ctx, 1);
+  x = noise(ctx, exf_shape1(n), 1, 1);
+  y = exf_dropout(ctx, x, 0.25);
+  z = exf_dropout(ctx, x, 0.25);       /* a second place in the graph: another mask */
+  exf_step_begin(ctx, 1);
+  again = exf_dropout(ctx, x, 0.25);
+  if (!CHECK(x && y && z && again)) return;
+  for (i = 0; i < n; i++) {
+    if (y->data[i] != 0) {
+      kept++;
+      CHECK_NEAR(y->data[i], (double)x->data[i] / 0.75, 1e-6 * fabs((double)x->data[i]) + 1e-30);
+    }
+    differ += (y->data[i] != 0) != (z->data[i] != 0);
+    same += y->data[i] == again->data[i];
+  }
+  CHECK_NEAR((double)kept / (double)n, 0.75, 0.02);
+  CHECK(differ > n / 5);
+  CHECK(same == n);
+  exf_training_set(ctx, 0);
+  y = exf_dropout(ctx, x, 0.25);
+  CHECK(y != NULL && memcmp(y->data, x->data, n * sizeof *x->data) == 0);
+  CHECK_OK(ctx);
+  exf_ctx_free(ctx);
+}
+
+int main(void) {
+  size_t i;
+  for (i = 0; i < N_OPS; i++) {
+    char name[64];
+    current = &table[i];
+    snprintf(name, sizeof name, "gradient_of_%s", table[i].name);
+    test_run(gradient_of_op, name);
+  }
+  RUN(gradcheck_sees_a_wrong_backward);
+#ifdef EXF_DOUBLE
+  RUN(gradient_of_whole_gpt_with_each_variant);
+  RUN(gradient_of_whole_gpt_with_each_activation);
+  RUN(gradient_of_whole_gpt_with_dropout);
+  RUN(gradient_of_detached_memory_bank_ffn);
+#else
+  (void)check_whole;
+#endif
+  RUN(matmul_values);
+  RUN(linear_values);
+  RUN(softmax_values);
+  RUN(softmax_of_infinite_rows);
+  RUN(norm_values);
+  RUN(cross_entropy_values);
+  RUN(attention_values);
+  RUN(broadcasting_is_numpys);
+  RUN(activation_values);
+  RUN(layout_and_reduction_values);
+  RUN(fuse_values);
+  RUN(dropout_values);
+  TEST_MAIN_END;
+}
