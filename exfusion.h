@@ -1393,14 +1393,936 @@ static const exf__kernels exf__kernels_ref = EXF__TABLE(REF, ref, 0);
 
 #endif /* EXF__INSTANCE */
 
+/* ---- fast kernels --------------------------------------------------->>fast */
+
+/* One body, compiled once per instruction set: the header includes itself with
+   EXF__INSTANCE set, and all of it but this body is skipped. Vectors have the native
+   width EXF__W; functions carry their target, so no compiler flag is needed. A name's
+   counterpart in the reference kernels holds its formula. */
+
+#ifdef EXF__INSTANCE
+#if EXF__INSTANCE == 4
+/* The plain forms of some intrinsics make GCC 12 warn of uninitialized values. */
+#define EXF__ALL ((__mmask16)0xffff)
+#define EXF__F(name) exf__##name##_avx512
+#define EXF__TARGET __attribute__((target("avx512f")))
+#define EXF__W 16
+#define EXF__MR 12
+#define EXF__V __m512
+#define EXF__SET(x) _mm512_set1_ps(x)
+#define EXF__LOAD(p) _mm512_loadu_ps(p)
+#define EXF__STORE(p, v) _mm512_storeu_ps(p, v)
+#define EXF__FMAV(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define EXF__MAXV(a, b) _mm512_maskz_max_ps(EXF__ALL, a, b)
+#define EXF__MINV(a, b) _mm512_maskz_min_ps(EXF__ALL, a, b)
+#define EXF__SQRTV(a) _mm512_maskz_sqrt_ps(EXF__ALL, a)
+#define EXF__LO(a, b) _mm512_maskz_unpacklo_ps(EXF__ALL, a, b)
+#define EXF__HI(a, b) _mm512_maskz_unpackhi_ps(EXF__ALL, a, b)
+#define EXF__LL(a, b) _mm512_shuffle_ps(a, b, 0x44)
+#define EXF__HH(a, b) _mm512_shuffle_ps(a, b, 0xee)
+#elif EXF__INSTANCE == 3
+#define EXF__F(name) exf__##name##_avx2
+#define EXF__TARGET __attribute__((target("avx2,fma")))
+#define EXF__W 8
+#define EXF__MR 6
+#define EXF__V __m256
+#define EXF__SET(x) _mm256_set1_ps(x)
+#define EXF__LOAD(p) _mm256_loadu_ps(p)
+#define EXF__STORE(p, v) _mm256_storeu_ps(p, v)
+#define EXF__FMAV(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define EXF__MAXV(a, b) _mm256_max_ps(a, b)
+#define EXF__MINV(a, b) _mm256_min_ps(a, b)
+#define EXF__SQRTV(a) _mm256_sqrt_ps(a)
+#define EXF__LO(a, b) _mm256_unpacklo_ps(a, b)
+#define EXF__HI(a, b) _mm256_unpackhi_ps(a, b)
+#define EXF__LL(a, b) _mm256_shuffle_ps(a, b, 0x44)
+#define EXF__HH(a, b) _mm256_shuffle_ps(a, b, 0xee)
+#elif EXF__INSTANCE == 2
+#define EXF__F(name) exf__##name##_sse2
+#define EXF__TARGET __attribute__((target("sse2")))
+#define EXF__W 4
+#define EXF__MR 4
+#define EXF__V __m128
+#define EXF__SET(x) _mm_set1_ps(x)
+#define EXF__LOAD(p) _mm_loadu_ps(p)
+#define EXF__STORE(p, v) _mm_storeu_ps(p, v)
+#define EXF__FMAV(a, b, c) ((__m128)((a) * (b) + (c)))
+#define EXF__MAXV(a, b) _mm_max_ps(a, b)
+#define EXF__MINV(a, b) _mm_min_ps(a, b)
+#define EXF__SQRTV(a) _mm_sqrt_ps(a)
+#define EXF__LO(a, b) _mm_unpacklo_ps(a, b)
+#define EXF__HI(a, b) _mm_unpackhi_ps(a, b)
+#define EXF__LL(a, b) _mm_movelh_ps(a, b)
+#define EXF__HH(a, b) _mm_movehl_ps(b, a)
+#else
+#define EXF__F(name) exf__##name##_neon
+#define EXF__TARGET
+#define EXF__W 4
+#define EXF__MR 8
+#define EXF__V float32x4_t
+#define EXF__SET(x) vdupq_n_f32(x)
+#define EXF__LOAD(p) vld1q_f32(p)
+#define EXF__STORE(p, v) vst1q_f32(p, v)
+#define EXF__FMAV(a, b, c) vfmaq_f32(c, a, b)
+#define EXF__MAXV(a, b) vbslq_f32(vcgtq_f32(a, b), a, b)
+#define EXF__MINV(a, b) vbslq_f32(vcltq_f32(a, b), a, b)
+#define EXF__SQRTV(a) vsqrtq_f32(a)
+#define EXF__LO(a, b) vzip1q_f32(a, b)
+#define EXF__HI(a, b) vzip2q_f32(a, b)
+#define EXF__LL(a, b) vcombine_f32(vget_low_f32(a), vget_low_f32(b))
+#define EXF__HH(a, b) vcombine_f32(vget_high_f32(a), vget_high_f32(b))
+#endif
+#define EXF__INLINE EXF__TARGET static inline __attribute__((always_inline))
+#define EXF__NV (EXF__LANES / EXF__W)  /* vectors that make up the 16 lanes */
+#define EXF__NR (2 * EXF__W)           /* columns of a tile */
+#define EXF__VI EXF__F(vi)
+#define EXF__VU EXF__F(vu)
+typedef int32_t EXF__VI __attribute__((vector_size(EXF__W * 4)));
+typedef uint32_t EXF__VU __attribute__((vector_size(EXF__W * 4)));
+
+/* Part vectors: 0 < n < EXF__W entries; lanes(p, s): 4 floats at p, p + s, ... side by
+   side; fold: the tree over 16 lanes, sums or maxima. */
+#if EXF__INSTANCE == 4
+EXF__INLINE EXF__V EXF__F(load_n)(const float *p, size_t n, float fill) {
+  return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << n) - 1u), p);
+}
+EXF__INLINE void EXF__F(store_n)(float *p, size_t n, EXF__V v) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1u), v);
+}
+EXF__INLINE EXF__V EXF__F(keep_n)(EXF__V v, size_t n) {
+  return _mm512_maskz_mov_ps((__mmask16)((1u << n) - 1u), v);
+}
+EXF__INLINE EXF__V EXF__F(lanes)(const float *p, size_t s) {
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + s), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 2 * s), 2);
+  return _mm512_insertf32x4(v, _mm_loadu_ps(p + 3 * s), 3);
+}
+#elif EXF__INSTANCE == 3
+EXF__INLINE __m256i EXF__F(mask)(size_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+EXF__INLINE EXF__V EXF__F(load_n)(const float *p, size_t n, float fill) {
+  __m256i k = EXF__F(mask)(n);
+  return _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, k),
+                          _mm256_castsi256_ps(k));
+}
+EXF__INLINE void EXF__F(store_n)(float *p, size_t n, EXF__V v) {
+  _mm256_maskstore_ps(p, EXF__F(mask)(n), v);
+}
+EXF__INLINE EXF__V EXF__F(keep_n)(EXF__V v, size_t n) {
+  return _mm256_and_ps(v, _mm256_castsi256_ps(EXF__F(mask)(n)));
+}
+EXF__INLINE EXF__V EXF__F(lanes)(const float *p, size_t s) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
+                              _mm_loadu_ps(p + s), 1);
+}
+#else
+EXF__INLINE EXF__V EXF__F(load_n)(const float *p, size_t n, float fill) {
+  float t[4];
+  t[0] = p[0];
+  t[1] = n > 1 ? p[1] : fill;
+  t[2] = n > 2 ? p[2] : fill;
+  t[3] = fill;
+  return EXF__LOAD(t);
+}
+EXF__INLINE void EXF__F(store_n)(float *p, size_t n, EXF__V v) {
+  float t[4];
+  EXF__STORE(t, v);
+  p[0] = t[0];
+  if (n > 1) p[1] = t[1];
+  if (n > 2) p[2] = t[2];
+}
+EXF__INLINE EXF__V EXF__F(keep_n)(EXF__V v, size_t n) {
+  float t[4];
+  EXF__STORE(t, v);
+  return EXF__F(load_n)(t, n, 0);
+}
+EXF__INLINE EXF__V EXF__F(lanes)(const float *p, size_t s) {
+  (void)s;
+  return EXF__LOAD(p);
+}
+#endif
+
+#if EXF__INSTANCE == 5
+EXF__INLINE float EXF__F(fold)(const EXF__V *l, int max) {
+  float32x4_t q, a = l[0], b = l[1];
+  float32x2_t h;
+  a = max ? EXF__MAXV(a, l[2]) : a + l[2];
+  b = max ? EXF__MAXV(b, l[3]) : b + l[3];
+  q = max ? EXF__MAXV(a, b) : a + b;
+  h = max ? vmax_f32(vget_low_f32(q), vget_high_f32(q))
+          : vget_low_f32(q) + vget_high_f32(q);
+  return max ? vget_lane_f32(vmax_f32(h, vrev64_f32(h)), 0)
+             : vget_lane_f32(h, 0) + vget_lane_f32(h, 1);
+}
+#else
+#define EXF__FOLD(bits, a, b) \
+  (max ? _mm##bits##max_ps(a, b) : _mm##bits##add_ps(a, b))
+EXF__INLINE float EXF__F(fold)(const EXF__V *l, int max) {
+  __m128 q, r;
+#if EXF__INSTANCE == 4
+  __m256 h = _mm512_castps512_ps256(l[0]);
+  __m512d u = _mm512_castps_pd(l[0]);
+  h = EXF__FOLD(256_, h, _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, u, 1)));
+#elif EXF__INSTANCE == 3
+  __m256 h = EXF__FOLD(256_, l[0], l[1]);
+#endif
+#if EXF__INSTANCE == 2
+  q = EXF__FOLD(_, l[0], l[2]);
+  r = EXF__FOLD(_, l[1], l[3]);
+  q = EXF__FOLD(_, q, r);
+#else
+  q = _mm256_castps256_ps128(h);
+  q = EXF__FOLD(_, q, _mm256_extractf128_ps(h, 1));
+#endif
+  q = EXF__FOLD(_, q, _mm_movehl_ps(q, q));
+  r = _mm_shuffle_ps(q, q, 1);
+  return _mm_cvtss_f32(EXF__FOLD(_, q, r));
+}
+#undef EXF__FOLD
+#endif
+
+/* Vector i of a run of n, past the end: fill; put stores what is inside. */
+EXF__INLINE EXF__V EXF__F(get)(const float *p, size_t i, size_t n, float fill) {
+  if (i + EXF__W <= n) return EXF__LOAD(p + i);
+  return i < n ? EXF__F(load_n)(p + i, n - i, fill) : EXF__SET(fill);
+}
+EXF__INLINE void EXF__F(put)(float *p, size_t i, size_t n, EXF__V v) {
+  if (i + EXF__W <= n) EXF__STORE(p + i, v);
+  else if (i < n) EXF__F(store_n)(p + i, n - i, v);
+}
+EXF__INLINE EXF__V EXF__F(keep)(EXF__V v, size_t i, size_t n) {
+  if (i + EXF__W <= n) return v;
+  return i < n ? EXF__F(keep_n)(v, n - i) : EXF__SET(0.0f);
+}
+/* Over a run in steps of 16 lanes: i the index, v the accumulator it belongs to */
+#define EXF__EACH(i, v, n)                  \
+  for (i = 0; i < (n); i += EXF__LANES)     \
+    for (v = 0; v < EXF__NV; v++)
+#define EXF__AT (i + v * EXF__W)
+EXF__INLINE void EXF__F(clear)(EXF__V *l, float x) {
+  size_t v;
+  for (v = 0; v < EXF__NV; v++) l[v] = EXF__SET(x);
+}
+
+/* ---- matrix product */
+
+/* A tile of mr x (nv EXF__W) of C stays in registers while k runs; of the columns, cols
+   are real. The rows of a are reached from three pointers, which spares registers. */
+EXF__INLINE void EXF__F(tile)(const int mr, const int nv, size_t k, const float *a,
+                              size_t a_row, size_t a_col, const float *b, size_t b_row,
+                              float *c, size_t c_row, size_t cols, int acc,
+                              const float *bias) {
+  EXF__V s[EXF__MR][2];
+  const float *a4 = a + 4 * (mr > 4 ? a_row : 0), *a8 = a + 8 * (mr > 8 ? a_row : 0);
+  int i, v;
+  EXF__UNROLL
+  for (i = 0; i < mr; i++) s[i][0] = s[i][1] = EXF__SET(0.0f);
+  for (; k; k--) {
+    EXF__V b0 = EXF__LOAD(b), b1 = nv > 1 ? EXF__LOAD(b + EXF__W) : b0;
+    EXF__UNROLL
+    for (i = 0; i < mr; i++) {
+      const float *row = i < 4 ? a : i < 8 ? a4 : a8;
+      EXF__V x = EXF__SET(row[(size_t)(i % 4) * a_row]);
+      s[i][0] = EXF__FMAV(x, b0, s[i][0]);
+      if (nv > 1) s[i][1] = EXF__FMAV(x, b1, s[i][1]);
+    }
+    a += a_col, a4 += a_col, a8 += a_col;
+    b += b_row;
+  }
+  if (cols == (size_t)nv * EXF__W) {
+    if (acc) {
+      EXF__UNROLL
+      for (i = 0; i < mr; i++) {
+        s[i][0] = EXF__LOAD(c + (size_t)i * c_row) + s[i][0];
+        if (nv > 1) s[i][1] = EXF__LOAD(c + (size_t)i * c_row + EXF__W) + s[i][1];
+      }
+    }
+    if (bias) {
+      EXF__V b0 = EXF__LOAD(bias), b1 = nv > 1 ? EXF__LOAD(bias + EXF__W) : b0;
+      EXF__UNROLL
+      for (i = 0; i < mr; i++) s[i][0] += b0, s[i][1] += b1;
+    }
+    EXF__UNROLL
+    for (i = 0; i < mr; i++) {
+      EXF__STORE(c + (size_t)i * c_row, s[i][0]);
+      if (nv > 1) EXF__STORE(c + (size_t)i * c_row + EXF__W, s[i][1]);
+    }
+  } else {
+    float t[EXF__MR][EXF__NR];
+    EXF__UNROLL
+    for (i = 0; i < mr; i++) {
+      EXF__STORE(t[i], s[i][0]);
+      EXF__STORE(t[i] + EXF__W, s[i][1]);
+    }
+    for (i = 0; i < mr; i++, c += c_row)
+      for (v = 0; v < nv; v++) {
+        size_t j = (size_t)v * EXF__W;
+        EXF__V y = EXF__LOAD(t[i] + j);
+        if (acc) y = EXF__F(get)(c, j, cols, 0) + y;
+        if (bias) y += EXF__F(get)(bias, j, cols, 0);
+        EXF__F(put)(c, j, cols, y);
+      }
+  }
+}
+
+/* mr rows of C: tiles from left to right over panels of b, which are b_panel apart */
+EXF__INLINE void EXF__F(strip)(const int mr, size_t n, size_t k, const float *a,
+                               size_t a_row, size_t a_col, const float *b, size_t b_row,
+                               size_t b_panel, float *c, size_t c_row, int acc,
+                               const float *bias) {
+  size_t j;
+  for (j = 0; j + EXF__W < n; j += EXF__NR, b += b_panel)
+    EXF__F(tile)(mr, 2, k, a, a_row, a_col, b, b_row, c + j, c_row,
+                 EXF__MIN(n - j, (size_t)EXF__NR), acc, bias ? bias + j : bias);
+  if (j < n)
+    EXF__F(tile)(mr, 1, k, a, a_row, a_col, b, b_row, c + j, c_row, n - j, acc,
+                 bias ? bias + j : bias);
+}
+
+/* b (k,n) -> panels (k, EXF__NR) one after the other. Rows of b contiguous: copy;
+   columns contiguous: 4 x 4 transpositions in registers. */
+EXF__TARGET static void EXF__F(pack_b)(size_t k, size_t n, const float *b, size_t b_row,
+                                       size_t b_col, float *out) {
+  size_t j, p, i, w;
+  for (j = 0; j < n; j += EXF__W, b += EXF__W * b_col) {
+    float *o = out + j / EXF__NR * EXF__NR * k + j % EXF__NR;
+    w = EXF__MIN(n - j, (size_t)EXF__W);
+    p = 0;
+    if (b_col == 1) {
+      for (; p < k; p++) EXF__STORE(o + p * EXF__NR, EXF__F(get)(b + p * b_row, 0, w, 0));
+    } else if (b_row == 1 && w == EXF__W) {
+      for (; p + 4 <= k; p += 4) {
+        EXF__V r0 = EXF__F(lanes)(b + p, 4 * b_col);
+        EXF__V r1 = EXF__F(lanes)(b + p + b_col, 4 * b_col);
+        EXF__V r2 = EXF__F(lanes)(b + p + 2 * b_col, 4 * b_col);
+        EXF__V r3 = EXF__F(lanes)(b + p + 3 * b_col, 4 * b_col);
+        EXF__V t0 = EXF__LO(r0, r1), t1 = EXF__LO(r2, r3);
+        EXF__V t2 = EXF__HI(r0, r1), t3 = EXF__HI(r2, r3);
+        EXF__STORE(o + p * EXF__NR, EXF__LL(t0, t1));
+        EXF__STORE(o + (p + 1) * EXF__NR, EXF__HH(t0, t1));
+        EXF__STORE(o + (p + 2) * EXF__NR, EXF__LL(t2, t3));
+        EXF__STORE(o + (p + 3) * EXF__NR, EXF__HH(t2, t3));
+      }
+    }
+    for (; p < k; p++)
+      for (i = 0; i < EXF__W; i++)
+        o[p * EXF__NR + i] = i < w ? b[p * b_row + i * b_col] : 0.0f;
+  }
+}
+
+/* a (mr,k) -> (k,mr) */
+EXF__INLINE void EXF__F(pack_a)(const int mr, size_t k, const float *a, size_t a_row,
+                                size_t a_col, float *out) {
+  int i;
+  if (a_row == 1)
+    for (; k; k--, a += a_col, out += mr) memcpy(out, a, (size_t)mr * sizeof *a);
+  else
+    for (; k; k--, a += a_col, out += mr)
+      for (i = 0; i < mr; i++) out[i] = a[(size_t)i * a_row];
+}
+
+/* Scratch: a packed block (EXF__KC, EXF__NC) of b, a packed strip (EXF__KC, EXF__MR) of
+   a. a is read in place where its rows are contiguous or used only once, b where few
+   rows of a pass over it. */
+EXF__TARGET static void EXF__F(gemm)(size_t m, size_t n, size_t k, const float *a,
+                                     size_t a_row, size_t a_col, const float *b,
+                                     size_t b_row, size_t b_col, float *c, size_t c_row,
+                                     int acc, const float *bias, void *scratch) {
+  float *pb = (float *)scratch, *pa = pb + EXF__KC * EXF__NC;
+  size_t i, j, p, mr, kc, nc, nc_max = m <= EXF__MR ? EXF__NR : EXF__NC;
+  if (k == 0) {
+    exf__gemm_ref(m, n, k, a, a_row, a_col, b, b_row, b_col, c, c_row, acc, bias, NULL);
+    return;
+  }
+  for (j = 0; j < n; j += nc) {
+    nc = EXF__MIN(n - j, nc_max);
+    for (p = 0; p < k; p += kc) {
+      const float *bb = b + p * b_row + j * b_col, *bias_p;
+      int acc_p = acc || p > 0, direct, pack;
+      size_t bs, panel;
+      kc = EXF__MIN(k - p, (size_t)EXF__KC);
+      bias_p = bias && p + kc == k ? bias + j : NULL;
+      direct = b_col == 1 && m <= EXF__DIRECT && nc % EXF__W == 0;
+      bs = direct ? b_row : (size_t)EXF__NR;
+      panel = direct ? EXF__NR : EXF__NR * kc;
+      pack = a_col != 1 && nc > EXF__NR;
+      if (!direct) {
+        EXF__F(pack_b)(kc, nc, bb, b_row, b_col, pb);
+        bb = pb;
+      }
+      for (i = 0; i < m; i += mr) {
+        const float *aa = a + i * a_row + p * a_col;
+        float *cc = c + i * c_row + j;
+#define EXF__STRIP(rows)                                                          \
+  do {                                                                            \
+    mr = rows;                                                                    \
+    if (pack) EXF__F(pack_a)(rows, kc, aa, a_row, a_col, pa);                     \
+    EXF__F(strip)(rows, nc, kc, pack ? pa : aa, pack ? 1 : a_row,                 \
+                  pack ? rows : a_col, bb, bs, panel, cc, c_row, acc_p, bias_p);  \
+  } while (0)
+        if (m - i >= EXF__MR) EXF__STRIP(EXF__MR);
+#if EXF__MR > 8
+        else if (m - i >= 8) EXF__STRIP(8);
+#endif
+#if EXF__MR > 4
+        else if (m - i >= 4) EXF__STRIP(4);
+#endif
+        else if (m - i >= 2) EXF__STRIP(2);
+        else EXF__STRIP(1);
+#undef EXF__STRIP
+      }
+    }
+  }
+}
+
+/* ---- elementary functions */
+
+EXF__INLINE EXF__V EXF__F(abs)(EXF__V x) { return (EXF__V)((EXF__VU)x & 0x7fffffffu); }
+
+EXF__INLINE EXF__V EXF__F(copysign)(EXF__V y, EXF__V x) {
+  return (EXF__V)(((EXF__VU)y & 0x7fffffffu) | ((EXF__VU)x & 0x80000000u));
+}
+
+/* 2^n for n in (-127, 128) */
+EXF__INLINE EXF__V EXF__F(pow2)(EXF__VI n) {
+  return (EXF__V)(((EXF__VU)n + 127u) << 23);
+}
+
+EXF__INLINE EXF__VI EXF__F(reduce)(EXF__V x, EXF__V *r, EXF__V *p) {
+  EXF__V t = EXF__FMAV(x, EXF__SET(EXF__LOG2E), EXF__SET(EXF__MAGIC)), s;
+  EXF__V n = t - EXF__SET(EXF__MAGIC);
+  *r = EXF__FMAV(n, EXF__SET(-EXF__LN2_HI), x);
+  *r = EXF__FMAV(n, EXF__SET(-EXF__LN2_LO), *r);
+  s = EXF__FMAV(EXF__SET(EXF__E4), *r, EXF__SET(EXF__E3));
+  s = EXF__FMAV(s, *r, EXF__SET(EXF__E2));
+  s = EXF__FMAV(s, *r, EXF__SET(EXF__E1));
+  *p = EXF__FMAV(s, *r, EXF__SET(EXF__E0));
+  return (EXF__VI)((EXF__VU)t - EXF__MAGIC_BITS);
+}
+
+EXF__INLINE EXF__V EXF__F(exp)(EXF__V x) {
+  EXF__V r, p;
+  EXF__VI n, h;
+  x = EXF__MAXV(EXF__SET(-104.0f), EXF__MINV(EXF__SET(89.0f), x)); /* keeps NaN */
+  n = EXF__F(reduce)(x, &r, &p);
+  p = EXF__FMAV(EXF__FMAV(p, r, EXF__SET(1.0f)), r, EXF__SET(1.0f));
+  h = n >> 1;
+  return p * EXF__F(pow2)(h) * EXF__F(pow2)(n - h);
+}
+
+EXF__INLINE EXF__V EXF__F(expm1)(EXF__V x) {
+  EXF__V r, p, s = EXF__F(pow2)(EXF__F(reduce)(x, &r, &p));
+  return EXF__FMAV(s, EXF__FMAV(r * r, p, r), s - EXF__SET(1.0f));
+}
+
+EXF__INLINE EXF__V EXF__F(tanh)(EXF__V x) {
+  EXF__V u = EXF__SET(2.0f) * EXF__MINV(EXF__SET(9.5f), EXF__F(abs)(x));
+  u = EXF__F(expm1)(u);
+  return EXF__F(copysign)(u / (u + EXF__SET(2.0f)), x);
+}
+
+EXF__INLINE EXF__V EXF__F(erf)(EXF__V x) {
+  EXF__V y = EXF__MINV(EXF__SET(4.0f), EXF__F(abs)(x)), q;
+  q = EXF__FMAV(EXF__SET(EXF__Q8), y, EXF__SET(EXF__Q7));
+  q = EXF__FMAV(q, y, EXF__SET(EXF__Q6));
+  q = EXF__FMAV(q, y, EXF__SET(EXF__Q5));
+  q = EXF__FMAV(q, y, EXF__SET(EXF__Q4));
+  q = EXF__FMAV(q, y, EXF__SET(EXF__Q3));
+  q = EXF__FMAV(q, y, EXF__SET(EXF__Q2));
+  q = EXF__FMAV(q, y, EXF__SET(EXF__Q1));
+  q = EXF__FMAV(q, y, EXF__SET(EXF__Q0));
+  return EXF__F(copysign)(EXF__F(expm1)(-(q * y)), x);
+}
+
+/* ---- elementwise */
+
+EXF__INLINE EXF__V EXF__F(f)(const int op, EXF__V x) {
+  EXF__V h = EXF__SET(0.5f) * x, one = EXF__SET(1.0f);
+  switch (op) {
+    case EXF__U_EXP: return EXF__F(exp)(x);
+    case EXF__U_TANH: return EXF__F(tanh)(x);
+    case EXF__U_RELU: return EXF__MAXV(EXF__SET(0.0f), x);
+    case EXF__U_GELU:
+      return EXF__FMAV(h, EXF__F(erf)(x * EXF__SET(EXF__INV_SQRT2)), h);
+    case EXF__U_GELU_TANH:
+      x = x * EXF__FMAV(EXF__SET(EXF__GELU_B), x * x, EXF__SET(EXF__GELU_A));
+      return EXF__FMAV(h, EXF__F(tanh)(x), h);
+    default: return x / (one + EXF__F(exp)(-x));
+  }
+}
+
+EXF__INLINE EXF__V EXF__F(df)(const int op, EXF__V x) {
+  EXF__V t, u, one = EXF__SET(1.0f), half = EXF__SET(0.5f);
+  switch (op) {
+    case EXF__U_EXP: return EXF__F(exp)(x);
+    case EXF__U_TANH:
+      t = EXF__F(tanh)(x);
+      return EXF__FMAV(-t, t, one);
+    case EXF__U_RELU: return (EXF__V)((EXF__VU)(x > EXF__SET(0.0f)) & (EXF__VU)one);
+    case EXF__U_GELU:
+      t = EXF__FMAV(half, EXF__F(erf)(x * EXF__SET(EXF__INV_SQRT2)), half);
+      u = EXF__F(exp)(-half * x * x) * EXF__SET(EXF__INV_SQRT_2PI);
+      return EXF__FMAV(x, u, t);
+    case EXF__U_GELU_TANH:
+      t = x * EXF__FMAV(EXF__SET(EXF__GELU_B), x * x, EXF__SET(EXF__GELU_A));
+      t = EXF__F(tanh)(t);
+      u = half * x *
+          EXF__FMAV(EXF__SET(3 * EXF__GELU_B), x * x, EXF__SET(EXF__GELU_A));
+      return EXF__FMAV(u, EXF__FMAV(-t, t, one), EXF__FMAV(half, t, half));
+    default:
+      t = one / (one + EXF__F(exp)(-x));
+      return t * EXF__FMAV(x, one - t, one);
+  }
+}
+
+/* One loop per op: the switch is decided when compiling. */
+#define EXF__OPS(X) X(EXP) X(TANH) X(RELU) X(GELU) X(GELU_TANH) X(SILU)
+
+EXF__TARGET static void EXF__F(unary)(int op, size_t n, const float *x, float *y) {
+  size_t i;
+  switch (op) {
+#define EXF__X(name)                                                                   \
+  case EXF__U_##name:                                                                  \
+    for (i = 0; i < n; i += EXF__W)                                                    \
+      EXF__F(put)(y, i, n, EXF__F(f)(EXF__U_##name, EXF__F(get)(x, i, n, 0)));         \
+    break;
+    EXF__OPS(EXF__X)
+#undef EXF__X
+    default: break;
+  }
+}
+
+EXF__TARGET static void EXF__F(unary_grad)(int op, size_t n, const float *x,
+                                           const float *dy, float *dx, int acc) {
+  size_t i;
+  switch (op) {
+#define EXF__X(name)                                                                   \
+  case EXF__U_##name:                                                                  \
+    for (i = 0; i < n; i += EXF__W) {                                                  \
+      EXF__V f = EXF__F(df)(EXF__U_##name, EXF__F(get)(x, i, n, 0));                   \
+      EXF__V d = EXF__F(get)(dy, i, n, 0);                                             \
+      f = acc ? EXF__FMAV(d, f, EXF__F(get)(dx, i, n, 0)) : (EXF__V)(d * f);           \
+      EXF__F(put)(dx, i, n, f);                                                        \
+    }                                                                                  \
+    break;
+    EXF__OPS(EXF__X)
+#undef EXF__X
+    default: break;
+  }
+}
+#undef EXF__OPS
+
+EXF__TARGET static void EXF__F(add)(size_t n, const float *a, const float *b, float *y) {
+  size_t i;
+  for (i = 0; i < n; i += EXF__W)
+    EXF__F(put)(y, i, n, EXF__F(get)(a, i, n, 0) + EXF__F(get)(b, i, n, 0));
+}
+
+EXF__TARGET static void EXF__F(mul)(size_t n, const float *a, const float *b, float *y,
+                                    int acc) {
+  size_t i;
+  for (i = 0; i < n; i += EXF__W) {
+    EXF__V p = EXF__F(get)(a, i, n, 0), q = EXF__F(get)(b, i, n, 0);
+    p = acc ? EXF__FMAV(p, q, EXF__F(get)(y, i, n, 0)) : (EXF__V)(p * q);
+    EXF__F(put)(y, i, n, p);
+  }
+}
+
+EXF__TARGET static void EXF__F(axpy)(size_t n, float s, const float *x, float *y,
+                                     int acc) {
+  EXF__V sv = EXF__SET(s);
+  size_t i;
+  for (i = 0; i < n; i += EXF__W) {
+    EXF__V p = EXF__F(get)(x, i, n, 0);
+    p = acc ? EXF__FMAV(sv, p, EXF__F(get)(y, i, n, 0)) : (EXF__V)(sv * p);
+    EXF__F(put)(y, i, n, p);
+  }
+}
+
+/* y [+]= s */
+EXF__INLINE void EXF__F(give)(float *y, size_t j, size_t n, EXF__V s, int acc) {
+  EXF__F(put)(y, j, n, acc ? (EXF__V)(EXF__F(get)(y, j, n, 0) + s) : s);
+}
+
+/* ---- rows and columns; 4 vectors of columns at a time, so that loads fill lines */
+
+EXF__TARGET static void EXF__F(col_sum)(size_t rows, size_t n, size_t row_stride,
+                                        const float *x, float *y, int acc) {
+  size_t i, j, v;
+  for (j = 0; j < n; j += 4 * EXF__W) {
+    EXF__V s[4];
+    EXF__UNROLL
+    for (v = 0; v < 4; v++) s[v] = EXF__SET(0.0f);
+    for (i = 0; i < rows; i++) {
+      EXF__UNROLL
+      for (v = 0; v < 4; v++)
+        s[v] += EXF__F(get)(x + i * row_stride, j + v * EXF__W, n, 0);
+    }
+    EXF__UNROLL
+    for (v = 0; v < 4; v++) EXF__F(give)(y, j + v * EXF__W, n, s[v], acc);
+  }
+}
+
+EXF__TARGET static void EXF__F(layernorm)(size_t rows, size_t n, const float *x,
+                                          const float *w, const float *b, float eps,
+                                          int rms, float *y, float *mean, float *rstd) {
+  size_t r, i, v;
+  for (r = 0; r < rows; r++, x += n, y += n) {
+    EXF__V l[EXF__NV], mv, rv;
+    float mu = 0, rs;
+    if (!rms) {
+      EXF__F(clear)(l, 0);
+      EXF__EACH(i, v, n) l[v] += EXF__F(get)(x, EXF__AT, n, 0);
+      mean[r] = mu = EXF__F(fold)(l, 0) / (float)n;
+    }
+    mv = EXF__SET(mu);
+    EXF__F(clear)(l, 0);
+    EXF__EACH(i, v, n) {
+      EXF__V d = EXF__F(get)(x, EXF__AT, n, mu) - mv;
+      l[v] = EXF__FMAV(d, d, l[v]);
+    }
+    rstd[r] = rs = 1.0f / EXF__SQRT(EXF__F(fold)(l, 0) / (float)n + eps);
+    rv = EXF__SET(rs);
+    for (i = 0; i < n; i += EXF__W) {
+      EXF__V z = (EXF__F(get)(x, i, n, 0) - mv) * rv, g = EXF__F(get)(w, i, n, 0);
+      z = b ? EXF__FMAV(z, g, EXF__F(get)(b, i, n, 0)) : (EXF__V)(z * g);
+      EXF__F(put)(y, i, n, z);
+    }
+  }
+}
+
+EXF__TARGET static void EXF__F(layernorm_grad)(size_t rows, size_t n, const float *x,
+                                               const float *w, const float *mean,
+                                               const float *rstd, int rms,
+                                               const float *dy, float *dx, int acc) {
+  size_t r, i, v;
+  for (r = 0; r < rows; r++, x += n, dy += n, dx += n) {
+    EXF__V l1[EXF__NV], l2[EXF__NV], g1, g2;
+    EXF__V mv = EXF__SET(rms ? 0.0f : mean[r]), rv = EXF__SET(rstd[r]);
+    EXF__F(clear)(l1, 0);
+    EXF__F(clear)(l2, 0);
+    EXF__EACH(i, v, n) {
+      EXF__V g = EXF__F(get)(dy, EXF__AT, n, 0) * EXF__F(get)(w, EXF__AT, n, 0);
+      EXF__V z = (EXF__F(get)(x, EXF__AT, n, 0) - mv) * rv;
+      l1[v] += g;
+      l2[v] = EXF__FMAV(g, z, l2[v]);
+    }
+    g1 = EXF__SET(rms ? 0.0f : EXF__F(fold)(l1, 0) / (float)n);
+    g2 = EXF__SET(EXF__F(fold)(l2, 0) / (float)n);
+    for (i = 0; i < n; i += EXF__W) {
+      EXF__V g = EXF__F(get)(dy, i, n, 0) * EXF__F(get)(w, i, n, 0);
+      EXF__V z = (EXF__F(get)(x, i, n, 0) - mv) * rv;
+      EXF__F(give)(dx, i, n, rv * EXF__FMAV(-z, g2, g - g1), acc);
+    }
+  }
+}
+
+EXF__TARGET static void EXF__F(layernorm_grad_w)(size_t rows, size_t n, size_t stride,
+                                                 const float *x, const float *mean,
+                                                 const float *rstd, int rms,
+                                                 const float *dy, float *dw, float *db,
+                                                 int acc_w, int acc_b) {
+  size_t i, j, v;
+  for (j = 0; j < n; j += 4 * EXF__W) {
+    EXF__V sw[4], sb[4];
+    EXF__UNROLL
+    for (v = 0; v < 4; v++) sw[v] = sb[v] = EXF__SET(0.0f);
+    for (i = 0; i < rows; i++) {
+      EXF__V mv = EXF__SET(rms ? 0.0f : mean[i]), rv = EXF__SET(rstd[i]);
+      EXF__UNROLL
+      for (v = 0; v < 4; v++) {
+        EXF__V g = EXF__F(get)(dy + i * stride, j + v * EXF__W, n, 0);
+        EXF__V z = (EXF__F(get)(x + i * stride, j + v * EXF__W, n, 0) - mv) * rv;
+        sw[v] = EXF__FMAV(g, z, sw[v]);
+        sb[v] += g;
+      }
+    }
+    EXF__UNROLL
+    for (v = 0; v < 4; v++) {
+      if (dw) EXF__F(give)(dw, j + v * EXF__W, n, sw[v], acc_w);
+      if (db) EXF__F(give)(db, j + v * EXF__W, n, sb[v], acc_b);
+    }
+  }
+}
+
+EXF__INLINE float EXF__F(dot)(size_t n, const float *a, const float *b) {
+  EXF__V l[EXF__NV];
+  size_t i, v;
+  EXF__F(clear)(l, 0);
+  EXF__EACH(i, v, n)
+  l[v] = EXF__FMAV(EXF__F(get)(a, EXF__AT, n, 0), EXF__F(get)(b, EXF__AT, n, 0), l[v]);
+  return EXF__F(fold)(l, 0);
+}
+
+EXF__INLINE float EXF__F(max)(size_t n, const float *x, float scale, float fill) {
+  EXF__V l[EXF__NV];
+  size_t i, v;
+  float m;
+  EXF__F(clear)(l, -HUGE_VALF);
+  EXF__EACH(i, v, n)
+  l[v] = EXF__MAXV(EXF__F(get)(x, EXF__AT, n, fill) * EXF__SET(scale), l[v]);
+  m = EXF__F(fold)(l, 1);
+  return m == -HUGE_VALF ? 0 : m;
+}
+
+EXF__INLINE float EXF__F(exp_sum)(size_t n, const float *x, float m, float *y) {
+  EXF__V l[EXF__NV];
+  size_t i, v;
+  EXF__F(clear)(l, 0);
+  EXF__EACH(i, v, n) {
+    EXF__V e = EXF__F(exp)(EXF__F(get)(x, EXF__AT, n, -HUGE_VALF) - EXF__SET(m));
+    l[v] += e;
+    if (y) EXF__F(put)(y, EXF__AT, n, e);
+  }
+  return EXF__F(fold)(l, 0);
+}
+
+EXF__TARGET static void EXF__F(softmax)(size_t rows, size_t n, const float *x,
+                                        float *y) {
+  size_t r, i;
+  for (r = 0; r < rows; r++, x += n, y += n) {
+    float s = EXF__F(exp_sum)(n, x, EXF__F(max)(n, x, 1, -HUGE_VALF), y);
+    s = s == 0 ? 0 : 1 / s;
+    for (i = 0; i < n; i += EXF__W)
+      EXF__F(put)(y, i, n, EXF__F(get)(y, i, n, 0) * EXF__SET(s));
+  }
+}
+
+EXF__TARGET static void EXF__F(softmax_grad)(size_t rows, size_t n, const float *y,
+                                             const float *dy, float *dx, int acc) {
+  size_t r, i;
+  for (r = 0; r < rows; r++, y += n, dy += n, dx += n) {
+    EXF__V s = EXF__SET(EXF__F(dot)(n, y, dy));
+    for (i = 0; i < n; i += EXF__W) {
+      EXF__V p = EXF__F(get)(y, i, n, 0), d = EXF__F(get)(dy, i, n, 0) - s;
+      d = acc ? EXF__FMAV(p, d, EXF__F(get)(dx, i, n, 0)) : (EXF__V)(p * d);
+      EXF__F(put)(dx, i, n, d);
+    }
+  }
+}
+
+EXF__TARGET static void EXF__F(log_softmax)(size_t rows, size_t n, const float *x,
+                                            float *y) {
+  size_t r, i;
+  for (r = 0; r < rows; r++, x += n, y += n) {
+    float m = EXF__F(max)(n, x, 1, -HUGE_VALF), s = EXF__F(exp_sum)(n, x, m, NULL);
+    EXF__V lse = EXF__SET(m + exf__log(s)), zero = EXF__SET(0.0f);
+    for (i = 0; i < n; i += EXF__W)
+      EXF__F(put)(y, i, n, s == 0 ? zero : (EXF__V)(EXF__F(get)(x, i, n, 0) - lse));
+  }
+}
+
+EXF__TARGET static void EXF__F(log_softmax_grad)(size_t rows, size_t n, const float *y,
+                                                 const float *dy, float *dx, int acc) {
+  size_t r, i, v;
+  for (r = 0; r < rows; r++, y += n, dy += n, dx += n) {
+    EXF__V l[EXF__NV], s;
+    int empty = n > 1 && y[0] == 0 && y[1] == 0;
+    EXF__F(clear)(l, 0);
+    EXF__EACH(i, v, n) l[v] += EXF__F(get)(dy, EXF__AT, n, 0);
+    s = EXF__SET(EXF__F(fold)(l, 0));
+    for (i = 0; i < n; i += EXF__W) {
+      EXF__V e = EXF__F(exp)(EXF__F(get)(y, i, n, 0));
+      e = EXF__FMAV(-e, s, EXF__F(get)(dy, i, n, 0));
+      EXF__F(give)(dx, i, n, empty ? EXF__SET(0.0f) : e, acc);
+    }
+  }
+}
+
+EXF__TARGET static void EXF__F(cross_entropy)(size_t rows, size_t n, const float *x,
+                                              const int32_t *labels, float smoothing,
+                                              float *row_loss, float *lse) {
+  size_t r, i, v;
+  for (r = 0; r < rows; r++, x += n) {
+    EXF__V l[EXF__NV];
+    float m, s;
+    row_loss[r] = lse[r] = 0;
+    if (labels[r] < 0) continue;
+    m = EXF__F(max)(n, x, 1, -HUGE_VALF);
+    s = exf__log(EXF__F(exp_sum)(n, x, m, NULL));
+    lse[r] = m + s;
+    s -= (1 - smoothing) * (x[labels[r]] - m);
+    if (smoothing != 0) {
+      EXF__F(clear)(l, 0);
+      EXF__EACH(i, v, n) l[v] += EXF__F(get)(x, EXF__AT, n, m) - EXF__SET(m);
+      s -= smoothing / (float)n * EXF__F(fold)(l, 0);
+    }
+    row_loss[r] = s;
+  }
+}
+
+/* The whole row with q = smoothing / n, then the label's entry once more. */
+EXF__TARGET static void EXF__F(cross_entropy_grad)(size_t rows, size_t n, const float *x,
+                                                   const int32_t *labels,
+                                                   const float *lse, float smoothing,
+                                                   float g, float *dx, int acc) {
+  size_t r, i;
+  float q0 = smoothing / (float)n, q1 = q0 + (1 - smoothing);
+  for (r = 0; r < rows; r++, x += n, dx += n) {
+    float old, d;
+    if (labels[r] < 0) {
+      for (i = 0; i < n; i++) dx[i] = acc ? dx[i] + 0.0f : 0.0f;
+      continue;
+    }
+    old = acc ? dx[labels[r]] : 0.0f;
+    for (i = 0; i < n; i += EXF__W) {
+      EXF__V e = EXF__F(exp)(EXF__F(get)(x, i, n, 0) - EXF__SET(lse[r]));
+      EXF__F(give)(dx, i, n, EXF__SET(g) * (e - EXF__SET(q0)), acc);
+    }
+    d = g * (exf__exp(x[labels[r]] - lse[r]) - q1);
+    dx[labels[r]] = acc ? old + d : d;
+  }
+}
+
+/* Rows of s end at a multiple of 16, so that whole vectors may be stored. Past the row's
+   length exp is that of -inf, which is 0. */
+EXF__TARGET static void EXF__F(att_rows)(size_t rows, size_t ld, size_t len0,
+                                         size_t grow, float scale, float *s,
+                                         float *lse) {
+  size_t r, i, v;
+  for (r = 0; r < rows; r++, s += ld, len0 += grow) {
+    float m = EXF__F(max)(len0, s, scale, scale < 0 ? HUGE_VALF : -HUGE_VALF), sum;
+    EXF__V l[EXF__NV];
+    EXF__F(clear)(l, 0);
+    EXF__EACH(i, v, len0) {
+      EXF__V e = EXF__F(get)(s, EXF__AT, len0, 0) * EXF__SET(scale) - EXF__SET(m);
+      e = EXF__F(keep)(EXF__F(exp)(e), EXF__AT, len0);
+      l[v] += e;
+      EXF__STORE(s + EXF__AT, e);
+    }
+    sum = EXF__F(fold)(l, 0);
+    if (lse) lse[r] = m + exf__log(sum);
+    sum = sum == 0 ? 0 : 1 / sum;
+    for (i = 0; i < len0; i += EXF__W)
+      EXF__STORE(s + i, EXF__LOAD(s + i) * EXF__SET(sum));
+    for (; i < ld; i += EXF__W) EXF__STORE(s + i, EXF__SET(0.0f));
+  }
+}
+
+EXF__TARGET static void EXF__F(att_rows_grad)(size_t rows, size_t ld, size_t len0,
+                                              size_t grow, size_t d, float scale,
+                                              const float *out, const float *dout,
+                                              size_t out_stride, const float *lse,
+                                              float *s, float *dp) {
+  size_t r, i;
+  for (r = 0; r < rows; r++, s += ld, dp += ld, len0 += grow) {
+    EXF__V D = EXF__SET(EXF__F(dot)(d, dout + r * out_stride, out + r * out_stride));
+    EXF__V z = EXF__SET(lse[r] == -HUGE_VALF ? 0 : lse[r]), sv = EXF__SET(scale);
+    for (i = 0; i < len0; i += EXF__W) {
+      EXF__V p = EXF__F(exp)(sv * EXF__F(get)(s, i, len0, 0) - z);
+      EXF__V t = sv * (p * (EXF__F(get)(dp, i, len0, 0) - D));
+      EXF__STORE(s + i, EXF__F(keep)(p, i, len0));
+      EXF__STORE(dp + i, EXF__F(keep)(t, i, len0));
+    }
+    for (; i < ld; i += EXF__W) {
+      EXF__STORE(s + i, EXF__SET(0.0f));
+      EXF__STORE(dp + i, EXF__SET(0.0f));
+    }
+  }
+}
+
+/* ---- experts and the optimizer */
+
+EXF__TARGET static void EXF__F(fuse)(size_t n_experts, size_t size, size_t stride,
+                                     const float *a, const float *e, float *out) {
+  size_t i, j;
+  for (j = 0; j < size; j += EXF__W) {
+    EXF__V s = EXF__SET(a[0]) * EXF__F(get)(e, j, size, 0);
+    for (i = 1; i < n_experts; i++)
+      s = EXF__FMAV(EXF__SET(a[i]), EXF__F(get)(e + i * stride, j, size, 0), s);
+    EXF__F(put)(out, j, size, s);
+  }
+}
+
+EXF__TARGET static void EXF__F(dots)(size_t n_experts, size_t size, size_t stride,
+                                     const float *g, const float *e, double *out) {
+  size_t i, j;
+  for (j = 0; j < size; j += EXF__SUM_BLOCK)
+    for (i = 0; i < n_experts; i++)
+      out[i] += (double)EXF__F(dot)(EXF__MIN(size - j, (size_t)EXF__SUM_BLOCK), g + j,
+                                    e + i * stride + j);
+}
+
+EXF__TARGET static double EXF__F(sumsq)(size_t n, const float *x) {
+  double s = 0;
+  EXF__F(dots)(1, n, 0, x, x, &s);
+  return s;
+}
+
+EXF__TARGET static void EXF__F(adamw)(size_t n_experts, size_t size, size_t stride,
+                                      float *p, const float *g, float *m, float *v,
+                                      const exf__adamw_args *args,
+                                      const float *gscale) {
+  EXF__V clip = EXF__SET(args->clip), decay = EXF__SET(args->decay);
+  EXF__V b1 = EXF__SET(args->beta1), c1 = EXF__SET(args->one_minus_beta1);
+  EXF__V b2 = EXF__SET(args->beta2), c2 = EXF__SET(args->one_minus_beta2);
+  EXF__V step = EXF__SET(args->step), inv = EXF__SET(args->inv_sqrt_bias2);
+  EXF__V eps = EXF__SET(args->eps);
+  size_t i, j, j0;
+  for (j0 = 0; j0 < size; j0 += EXF__SUM_BLOCK)
+    for (i = 0; i < n_experts; i++) {
+      float *pi = p + i * stride, *mi = m + i * stride, *vi = v + i * stride;
+      EXF__V gs = EXF__SET(gscale[i]);
+      size_t end = EXF__MIN(size, j0 + EXF__SUM_BLOCK);
+      for (j = j0; j < end; j += EXF__W) {
+        EXF__V ge = gs * (clip * EXF__F(get)(g, j, end, 0));
+        EXF__V mm = EXF__FMAV(b1, EXF__F(get)(mi, j, end, 0), c1 * ge);
+        EXF__V vv = EXF__FMAV(b2, EXF__F(get)(vi, j, end, 0), c2 * (ge * ge));
+        EXF__V pp = EXF__F(get)(pi, j, end, 0) * decay;
+        EXF__F(put)(mi, j, end, mm);
+        EXF__F(put)(vi, j, end, vv);
+        EXF__F(put)(pi, j, end, pp - step * mm / (EXF__SQRTV(vv) * inv + eps));
+      }
+    }
+}
+
+#undef EXF__ALL
+#undef EXF__F
+#undef EXF__TARGET
+#undef EXF__INLINE
+#undef EXF__W
+#undef EXF__MR
+#undef EXF__NV
+#undef EXF__NR
+#undef EXF__V
+#undef EXF__VI
+#undef EXF__VU
+#undef EXF__SET
+#undef EXF__LOAD
+#undef EXF__STORE
+#undef EXF__FMAV
+#undef EXF__MAXV
+#undef EXF__MINV
+#undef EXF__SQRTV
+#undef EXF__LO
+#undef EXF__HI
+#undef EXF__LL
+#undef EXF__HH
+#undef EXF__EACH
+#undef EXF__AT
+#endif /* EXF__INSTANCE */
+
 #ifndef EXF__INSTANCE
-#if 0
+#if EXF__X86 || EXF__ARM
 
 #ifndef EXF_HEADER_NAME
 #define EXF_HEADER_NAME "exfusion.h"
 #endif
 
-#if 0
+/* Blocks of the matrix product: EXF__KC x EXF__NC of b, EXF__KC x at most 16 of a */
+#define EXF__NC 512
+#define EXF__GEMM_SCRATCH (EXF__KC * (EXF__NC + 16) * sizeof(float))
+#define EXF__DIRECT 12  /* up to this many rows, b is not packed if it need not be */
+#if defined(__clang__)
+#define EXF__UNROLL
+#else
+#define EXF__UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#if EXF__X86
 #define EXF__INSTANCE 2
 #include EXF_HEADER_NAME
 #undef EXF__INSTANCE
@@ -1429,7 +2351,7 @@ static const exf__kernels exf__kernels_neon = EXF__TABLE(NEON, neon, EXF__GEMM_S
 
 /* NULL when this build or this processor (or its system) lacks the instruction set. */
 static const exf__kernels *exf__kernels_for(exf_isa isa) {
-#if 0
+#if EXF__X86
   __builtin_cpu_init();
   if (isa == EXF_ISA_SSE2 && __builtin_cpu_supports("sse2")) return &exf__kernels_sse2;
   if (isa == EXF_ISA_AVX2 && __builtin_cpu_supports("avx2") &&
@@ -1437,7 +2359,7 @@ static const exf__kernels *exf__kernels_for(exf_isa isa) {
     return &exf__kernels_avx2;
   if (isa == EXF_ISA_AVX512 && __builtin_cpu_supports("avx512f"))
     return &exf__kernels_avx512;
-#elif 0
+#elif EXF__ARM
   if (isa == EXF_ISA_NEON) return &exf__kernels_neon;
 #endif
   return isa == EXF_ISA_REF ? &exf__kernels_ref : NULL;

@@ -154,8 +154,9 @@ static void geometry_read(const exf_st *st, const char *path, size_t heads, gpt 
     fail(1, "%s: its activation is %.40s, charlm has gelu: convert it", path, value);
   json_free(&j);
   if (g->n_heads < 1 || g->n_heads > g->width || g->width % g->n_heads)
-    fail(1, "%s: %s heads for width %s: its exf.config must hold n_head, which divides "
-         "the width", path, commas(g->n_heads), commas(g->width));
+    fail(1, "%s: %s heads for width %s: its exf.config must hold n_head, a divisor of "
+         "the width (to train, give --heads)", path, commas(g->n_heads),
+         commas(g->width));
   v->n = 0;
   if (vocab && (!vocabulary_read(v, vocab) || v->n != g->n_vocab))
     fail(1, "%s: exf.vocab must list %d ascending byte values: write the file anew", path,
@@ -227,10 +228,14 @@ static exf_st *train_geometry(charlm *c) {
   settings *s = &c->r.s;
   gpt *g = &c->g;
   exf_st *st = NULL;
+  const char *config;
   int n = c->r.n_flags;
   if (*c->init && !s->resume) {
     st = open_tensors(c->r.ctx, c->init);
     geometry_read(st, c->init, s->heads, g, &c->vocab);
+    config = exf_st_meta(st, "exf.config");
+    if (!config || !strstr(config, "\"n_head\""))
+      log_line(&s->quiet, "notice: the file does not say n_head: --heads is taken");
     flag_agree(c->r.flags, n, "layers", g->n_layers, c->init);
     flag_agree(c->r.flags, n, "heads", g->n_heads, c->init);
     flag_agree(c->r.flags, n, "width", g->width, c->init);
@@ -408,7 +413,7 @@ static int train(int argc, char **argv) {
   c.y = (int32_t *)memory((size_t)r->s.batch * c.g.block, sizeof *c.y);
   r->per_step = (size_t)(r->s.batch * r->s.accum) * c.g.block;
   run_begin(r);
-  text_add(&model, "%s layers, %s heads, width %s, block %s", commas(c.g.n_layers),
+  text_add(&model, "GPT, layers %s, heads %s, width %s, block %s", commas(c.g.n_layers),
            commas(c.g.n_heads), commas(c.g.width), commas(c.g.block));
   text_add(&data, "%s: %s bytes, %d different; the last tenth validates", c.data,
            commas(c.set.n), (int)c.vocab.n);
@@ -538,7 +543,7 @@ static int eval(int argc, char **argv) {
   vocabulary v;
   dataset d;
   merge_result e;
-  char *path, *found = NULL;
+  char *path, *found = NULL, name[48];
   size_t begin, n;
   flags_parse(flags, 2, argc, argv, &place, usage);
   if (!place) fail(2, "no model named: usage: %s", usage);
@@ -553,8 +558,9 @@ static int eval(int argc, char **argv) {
   n = split == 1 ? d.n_train : d.n - begin;
   dataset_check(n, g.block, split == 0 ? "validation" : "chosen", data);
   e = evaluate(ctx, &g, NULL, d.tokens + begin, n);
-  printf("loss %.9g nats per character, %.4f bits, on %s characters of %s\n", e.val_loss,
-         e.val_loss / log(2), commas(e.n), data);
+  choice_name(flags[1].choices, split, name);
+  printf("%s_loss %.9g   nats per character (%.4f bits), %s characters of %s\n", name,
+         e.val_loss, e.val_loss / log(2), commas(e.n), data);
   gpt_free(&g);
   exf_ctx_free(ctx);
   flags_free(flags, 2);

@@ -843,7 +843,7 @@ static inline exf_schedule settings_schedule(const settings *s, uint64_t steps) 
 static inline void log_line(void *user, const char *line) {
   if (*(const int *)user) return;
   progress_clear();
-  fprintf(stderr, "note: %s\n", line);
+  fprintf(stderr, "%s\n", line);
 }
 
 /* A context for s; threads and isa become what they are resolved to. */
@@ -1148,7 +1148,7 @@ static inline void run_begin(run *r) {
   rows = csv_keep(log, LOG_HEADER, r->step, &r->log);
   csv_keep(weights, header.s, r->s.resume ? r->step + 1 : 0, &r->weights);
   if (rows < r->step)
-    log_line(&r->s.quiet, "log.csv lacks rows before the checkpoint: it stays so");
+    log_line(&r->s.quiet, "notice: log.csv lacks rows before the checkpoint");
   if (rows > 0) {
     const char *last = r->log.s + r->log.n - 1;
     while (last[-1] != '\n') last--;
@@ -1269,7 +1269,8 @@ static inline void run_announce(const run *r, const char *model, const char *dat
   choice_name("dense|sw|dw|mb", r->s.ffn, name);
   printf("model   %s; FFNs: %s", model, name);
   if (r->s.ffn != EXF_DENSE)
-    printf(", %s experts fused into one", commas((size_t)r->s.experts));
+    printf(", %s expert%s fused into one", commas((size_t)r->s.experts),
+           r->s.experts > 1 ? "s" : "");
   printf("\ndata    %s\nparams  %s while training, %s merged\nrun     ", data,
          commas(exf_model_count(r->model)), commas(exf_model_count_merged(r->model)));
   if (r->first) printf("resumed after step %s of ", commas((size_t)r->first));
@@ -1357,8 +1358,9 @@ static inline void run_finish(run *r, const merge_result *m, const text *more,
          run_ms_per_step(r), commas(peak_bytes(r->ctx) / 1000000));
   printf("params  %s while training -> %s merged into an ordinary dense model\n",
          commas(exf_model_count(r->model)), commas(exf_model_count_merged(r->model)));
-  printf("loss    train %.4f, validation %.4f, merged %.4f %s\n", r->loss, m->val_loss,
-         m->val_loss_merged, unit);
+  printf("loss    ");
+  if (r->step > 0) printf("train %.4f, ", r->loss);
+  printf("validation %.4f, merged %.4f %s\n", m->val_loss, m->val_loss_merged, unit);
   printf("merge   largest difference between logits before and after (%s compared): %g\n",
          commas(m->n), m->max_diff);
   if (m->gap < 0 || m->gap > 0)

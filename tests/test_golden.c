@@ -363,6 +363,7 @@ static void merge_keeps_bits(int k, exf_act act, int bias) {
   dense_count = exf_model_count(g.model);
   gpt_free(&g);
   desc.fusion = kind_fusion(k, EXPERTS);
+  desc.fusion.tau = bias ? 0 : 0.3;   /* the default, and one that is no power of 2 */
   if (!CHECK(gpt_new(&g, &desc, EXF_ISA_AUTO))) return;
   gpt_tokens(&g, 1000, ids, 2 * 8);
   gpt_evaluate(&g, ids, 2, fresh);

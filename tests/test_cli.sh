@@ -1,0 +1,270 @@
+#!/bin/sh
+# The command line of charlm, as a user meets it: errors are one line and name the thing,
+# files are complete, runs repeat and resume bit for bit.
+#   sh tests/test_cli.sh      from the top folder, after `make`
+charlm=$(pwd)/build/charlm
+dir=build/cli
+rm -rf $dir
+mkdir -p $dir
+passed=0
+failed=0
+
+ok() {   # ok NAME COMMAND...: the command succeeds
+  name=$1
+  shift
+  if "$@" > $dir/ok.out 2>&1; then passed=$((passed + 1)); else
+    failed=$((failed + 1))
+    echo "FAILED $name: $*"
+    head -n 5 $dir/ok.out
+  fi
+}
+
+# refused NAME STATUS TEXT ARGUMENTS...: charlm exits with STATUS (a list such as "1 2")
+# and prints one line on stderr that contains TEXT, and nothing on stdout
+refused() {
+  name=$1 want=$2 text=$3
+  shift 3
+  "$charlm" "$@" > $dir/refused.out 2> $dir/refused.err < /dev/null
+  status=$?
+  lines=$(grep -c '' $dir/refused.err)
+  good=no
+  for s in $want; do if [ $status = "$s" ]; then good=yes; fi; done
+  if [ $good = yes ] && [ "$lines" = 1 ] && [ ! -s $dir/refused.out ] \
+     && grep -qi -e "$text" $dir/refused.err; then
+    passed=$((passed + 1))
+  else
+    failed=$((failed + 1))
+    echo "FAILED $name: charlm $*"
+    echo "  status $status, wanted $want; wanted one line with '$text', got:"
+    head -n 5 $dir/refused.err $dir/refused.out
+  fi
+}
+
+same() { cmp -s "$1" "$2"; }
+# the columns of a log that do not depend on the clock
+same_log() { cut -d, -f1-5 "$1" > $dir/a.csv; cut -d, -f1-5 "$2" > $dir/b.csv
+             cmp -s $dir/a.csv $dir/b.csv; }
+# field NAME of a flat summary.json
+field() { tr ',{}' '\n\n\n' < "$2" | sed -n "s/^[ \"]*$1\"[ ]*:[ ]*\"*\([^\" ]*\).*/\1/p"; }
+same_run() { same "$1/model.safetensors" "$2/model.safetensors" \
+             && same_log "$1/log.csv" "$2/log.csv" && same "$1/weights.csv" "$2/weights.csv"; }
+
+if [ ! -x "$charlm" ]; then echo "FAILED: no build/charlm"; echo "0 passed, 1 failed"; exit 1; fi
+
+# A text with something to learn: 40 kB of counting, in lines.
+awk 'BEGIN { for (i = 0; i < 4000; i++) printf "%d is %s.\n", i, i % 2 ? "odd" : "even" }' \
+  > $dir/text.txt
+tiny="--data $dir/text.txt --layers 2 --heads 2 --width 32 --block 16 --batch 4
+      --warmup 5 --eval-every 0 --save-every 0 --threads 1"
+train() {   # train OUT FLAGS...
+  out=$dir/$1
+  shift
+  # shellcheck disable=SC2086
+  "$charlm" train $tiny --out "$out" --quiet "$@"
+}
+
+# ---- the command line
+refused "no command" 2 "train"
+refused "unknown command" 2 "train" trian
+refused "unknown flag" 2 "--steps" train --stpes 3
+refused "unknown short word" 2 "extra" train extra
+refused "bad number" 2 "steps" train --steps 12x
+refused "empty number" 2 "steps" train --steps ""
+refused "negative count" 2 "steps" train --steps -3
+refused "number too large" 2 "steps" train --steps 99999999999999999999999
+refused "bad real" 2 "lr" train --lr fast
+refused "NaN" 2 "lr" train --lr nan
+refused "missing value" 2 "steps" train --steps
+refused "unknown ffn" 2 "dense" train --ffn dens
+refused "unknown isa" 2 "avx2" train --isa avx3
+refused "unknown upcycle" 2 "zerosum" train --upcycle zerosun
+refused "no experts" 2 "experts" train --ffn mb --experts 0
+refused "heads do not divide" "1 2" "heads" train --data $dir/text.txt --width 32 --heads 3 \
+  --out $dir/never
+refused "dropout of 1" 2 "dropout" train --dropout 1
+refused "batch 0" 2 "batch" train --batch 0
+ok "nothing was written" [ ! -e $dir/never ]
+ok "--help" sh -c "'$charlm' --help | grep -q train"
+ok "train --help" sh -c "'$charlm' train --help | grep -q -e --upcycle"
+
+# ---- data and folders
+: > $dir/empty.txt
+printf 'short' > $dir/short.txt
+refused "empty data" 1 "empty" train --data $dir/empty.txt --out $dir/never
+refused "short data" 1 "block" train --data $dir/short.txt --out $dir/never
+refused "missing data" 1 "nowhere.txt" train --data $dir/nowhere.txt --out $dir/never
+refused "block longer than the split" "1 2" "block" train --data $dir/text.txt \
+  --block 100000 --out $dir/never
+refused "folder below a file" 1 "text.txt" train --data $dir/text.txt \
+  --out $dir/text.txt/x --steps 1
+refused "missing config" 1 "nowhere.json" train --config $dir/nowhere.json
+
+# ---- a run and its files
+ok "sw trains" train one --steps 30 --ffn sw --experts 3 --seed 5
+for f in model.safetensors checkpoint.safetensors run.json weights.csv log.csv summary.json
+do ok "it leaves $f" test -s $dir/one/$f; done
+ok "no temporary files stay" sh -c "! ls -A $dir/one | grep -v -e '^model.safetensors$' \
+  -e '^checkpoint.safetensors$' -e '^run.json$' -e '^weights.csv$' -e '^log.csv$' \
+  -e '^summary.json$'"
+ok "log header" [ "$(head -n 1 $dir/one/log.csv)" = \
+  step,train_loss,val_loss,lr,grad_norm,tokens_per_s,elapsed_s ]
+ok "log rows" [ "$(wc -l < $dir/one/log.csv)" = 31 ]
+ok "log steps from 0" [ "$(sed -n '2s/,.*//p' $dir/one/log.csv)" = 0 ]
+ok "val_loss only where measured" [ "$(cut -d, -f3 $dir/one/log.csv | grep -c .)" = 2 ]
+ok "weights header" [ "$(head -n 1 $dir/one/weights.csv)" = step,ffn,w0,w1,w2 ]
+for f in task ffn experts steps seed params_train params_merged train_loss val_loss \
+  val_loss_merged merge_max_abs_diff merge_gap ms_per_step tokens_per_s peak_rss_bytes isa \
+  threads
+do ok "summary has $f" [ -n "$(field $f $dir/one/summary.json)" ]; done
+ok "quiet prints nothing" [ -z "$(train quiet --steps 2 2>&1)" ]
+ok "loss falls" awk -F, 'NR == 2 { first = $2 } END { exit !($2 < first - 0.5) }' \
+  $dir/one/log.csv
+
+# ---- the same bits
+ok "again" train two --steps 30 --ffn sw --experts 3 --seed 5
+ok "a run repeats" same_run $dir/one $dir/two
+ok "checkpoints repeat" same $dir/one/checkpoint.safetensors $dir/two/checkpoint.safetensors
+ok "--flag=value" train three --steps=30 --ffn=sw --experts=3 --seed=5
+ok "it is the same run" same_run $dir/one $dir/three
+ok "another seed" train four --steps 30 --ffn sw --experts 3 --seed 6
+ok "it is another run" sh -c "! cmp -s $dir/one/model.safetensors $dir/four/model.safetensors"
+ok "--threads 2" train five --steps 30 --ffn sw --experts 3 --seed 5 --threads 2
+ok "threads change nothing" same_run $dir/one $dir/five
+ok "evaluation" train six --steps 30 --ffn sw --experts 3 --seed 5 --eval-every 7 \
+  --save-every 4
+ok "it changes nothing" same $dir/one/model.safetensors $dir/six/model.safetensors
+ok "--config" "$charlm" train --config $dir/one/run.json --out $dir/seven --quiet
+ok "run.json repeats the run" same_run $dir/one $dir/seven
+case $(field isa $dir/one/summary.json) in
+  avx2 | avx512 | neon)
+    ok "--isa ref" train ref --steps 30 --ffn sw --experts 3 --seed 5 --isa ref
+    ok "the reference has the same bits" same_run $dir/one $dir/ref ;;
+  *) echo "skipped isa: no instruction set with fused multiply-add" ;;
+esac
+ok "sequential order" train seq --steps 5 --order sequential
+ok "accumulation" train accum --steps 5 --accum 3 --ffn mb
+ok "log rows are steps" [ "$(wc -l < $dir/accum/log.csv)" = 6 ]
+
+# ---- every variant merges to itself
+n=0
+for flags in "--ffn dense" "--ffn sw" "--ffn dw" "--ffn dw --dw softmax" "--ffn mb" \
+  "--ffn mb --routed" "--ffn mb --bias 1 --dropout 0.1" "--ffn dw --upcycle drop"; do
+  n=$((n + 1))
+  # shellcheck disable=SC2086
+  ok "$flags" train v$n --steps 20 --experts 3 $flags
+  s=$dir/v$n/summary.json
+  ok "$flags: merge difference 0" [ "$(field merge_max_abs_diff $s)" = 0 ]
+  ok "$flags: merged parameters" [ "$(field params_merged $s)" = \
+    "$(field params_merged $dir/v$((n == 7 ? 7 : 1))/summary.json)" ]
+  ok "$flags: losses agree" [ "$(field val_loss $s)" = "$(field val_loss_merged $s)" ] 
+  ok "$flags: no expert in the model" sh -c "! grep -q -a -i expert $dir/v$n/model.safetensors"
+done
+dense=$(field params_merged $dir/v1/summary.json)
+# 13 different bytes at least: the count by formula, V from the vocabulary's bytes
+V=$(od -An -v -tu1 -w1 $dir/text.txt | sort -u | wc -l)
+ok "dense parameters by formula" [ "$dense" = \
+  $((V * 32 + 16 * 32 + 2 * (4 * 32 * 32 + 8 * 32 * 32 + 2 * 32) + 32)) ]
+
+# ---- steps 0, init, finished runs
+ok "--steps 0" train zero --steps 0 --ffn mb --seed 9
+ok "it writes the model" test -s $dir/zero/model.safetensors
+ok "it writes the checkpoint" test -s $dir/zero/checkpoint.safetensors
+ok "a dense model" train dense --steps 40 --ffn dense
+ok "--init upcycles it" train init --steps 0 --ffn mb --experts 4 \
+  --init $dir/dense/model.safetensors
+ok "upcycling preserves the loss" awk "BEGIN { d = $(field val_loss $dir/init/summary.json) \
+  - $(field val_loss $dir/dense/summary.json); exit !(d < 1e-5 && d > -1e-5) }"
+refused "--init with another width" 2 "width" train --data $dir/text.txt --out $dir/never \
+  --init $dir/dense/model.safetensors --width 64 --quiet
+refused "--resume without a checkpoint" 1 "checkpoint" train --resume --out $dir/nothing
+cp -r $dir/one $dir/done
+ok "--resume of a finished run" "$charlm" train --resume --out $dir/done --quiet
+for f in model.safetensors checkpoint.safetensors run.json weights.csv log.csv summary.json
+do ok "it leaves $f unchanged" same $dir/one/$f $dir/done/$f; done
+refused "--resume with another lr" "1 2" "lr" train --resume --out $dir/done --lr 0.5
+refused "--resume with another ffn" "1 2" "ffn" train --resume --out $dir/done --ffn dw
+
+# ---- stopping and going on
+long="--steps 1500 --ffn mb --experts 3 --dropout 0.1"
+# shellcheck disable=SC2086
+train whole $long --save-every 100
+if command -v timeout > /dev/null 2>&1; then
+  cut=0
+  # shellcheck disable=SC2086
+  timeout --preserve-status -s INT 0.4 "$charlm" train $tiny $long --out $dir/parts \
+    --quiet > $dir/int.out 2>&1
+  status=$?
+  rows=$(wc -l < $dir/parts/log.csv 2> /dev/null || echo 0)
+  if [ $status = 0 ]; then echo "skipped Ctrl-C: the run was too fast"; else
+    ok "Ctrl-C exits with 130" [ $status = 130 ]
+    ok "it came before the end" [ "$rows" -lt 1501 ]
+    ok "a checkpoint is there" test -s $dir/parts/checkpoint.safetensors
+    cut=1
+  fi
+  # killed outright, then resumed from what was saved last
+  timeout -s KILL 0.4 "$charlm" train --resume --out $dir/parts --save-every 20 --quiet \
+    > /dev/null 2>&1
+  ok "--resume" "$charlm" train --resume --out $dir/parts --quiet --threads 2
+  ok "as if never stopped" same_run $dir/whole $dir/parts
+  ok "the same checkpoint" same $dir/whole/checkpoint.safetensors \
+    $dir/parts/checkpoint.safetensors
+  : $cut
+else
+  echo "skipped stopping: no timeout command"
+fi
+
+# ---- a loss that explodes keeps the last good checkpoint
+# shellcheck disable=SC2086
+"$charlm" train $tiny --out $dir/nan --steps 40 --lr 1e30 --clip 0 --warmup 0 --quiet \
+  > $dir/nan.out 2>&1
+status=$?
+ok "NaN ends with 1" [ $status = 1 ]
+ok "NaN names the step" grep -q 'step' $dir/nan.out
+
+# ---- model files
+model=$dir/one/model.safetensors
+ok "info" sh -c "'$charlm' info $model | grep -q 32"
+ok "eval" "$charlm" eval $dir/one --data $dir/text.txt
+ok "eval prints the merged loss" sh -c "'$charlm' eval $dir/one --data $dir/text.txt \
+  | grep -q '$(field val_loss_merged $dir/one/summary.json | cut -c1-6)'"
+ok "sample" "$charlm" sample $dir/one -n 50
+"$charlm" sample $dir/one -n 50 --seed 3 --prompt 1 > $dir/s1.txt 2> /dev/null
+"$charlm" sample $model -n 50 --seed 3 --prompt 1 > $dir/s2.txt 2> /dev/null
+"$charlm" sample $model -n 50 --seed 4 --prompt 1 > $dir/s3.txt 2> /dev/null
+ok "samples repeat" same $dir/s1.txt $dir/s2.txt
+ok "seeds differ" sh -c "! cmp -s $dir/s1.txt $dir/s3.txt"
+ok "n characters" [ "$(wc -c < $dir/s1.txt)" -ge 50 ]
+ok "greedy" "$charlm" sample $model -n 20 --temperature 0
+ok "top-k and top-p" "$charlm" sample $model -n 20 --top-k 3 --top-p 0.5
+refused "prompt outside the vocabulary" 1 "64" sample $model --prompt @
+head -c 3000 $model > $dir/cut.safetensors
+head -c 5 $model > $dir/stub.safetensors
+printf '<!DOCTYPE html><html>no</html>' > $dir/html.safetensors
+cp $model $dir/longer.safetensors
+printf 'x' >> $dir/longer.safetensors
+refused "truncated model" 1 "cut.safetensors" info $dir/cut.safetensors
+refused "stub of a model" 1 "stub.safetensors" sample $dir/stub.safetensors
+refused "a web page" 1 "html" info $dir/html.safetensors
+refused "trailing bytes" 1 "1 byte" info $dir/longer.safetensors
+refused "missing model" 1 "gone" sample $dir/gone.safetensors
+refused "text as a model" 1 "text.txt" info $dir/text.txt
+cp -r $dir/one $dir/broken
+head -c 4000 $dir/one/checkpoint.safetensors > $dir/broken/checkpoint.safetensors
+refused "truncated checkpoint" 1 "checkpoint" train --resume --out $dir/broken
+
+# ---- --quick, and the real text
+ok "--quick" "$charlm" train --quick --out $dir/quick --data $dir/text.txt --threads 2
+for f in model.safetensors checkpoint.safetensors run.json weights.csv log.csv summary.json
+do ok "--quick leaves $f" test -s $dir/quick/$f; done
+text=../shared/data/tinyshakespeare.txt
+if [ -f $text ]; then
+  ok "tiny Shakespeare" "$charlm" train --data $text --out $dir/real --steps 100 --quiet \
+    --eval-every 0 --save-every 0 --lr 4e-3 --warmup 20
+  ok "it learns" awk "BEGIN { exit !($(field val_loss_merged $dir/real/summary.json) < 2.7) }"
+  ok "0.80 M parameters" [ "$(field params_merged $dir/real/summary.json)" = 804096 ]
+else
+  echo "skipped tiny Shakespeare: the text is not there"
+fi
+
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]
