@@ -1,4 +1,430 @@
-/* exfusion.h */
+/* exfusion.h - version 0.1.0 - Transformers with ExFusion FFNs, in one C file
+
+   Tensors, reverse-mode autodiff, Transformer modules, optimizers and safetensors, to
+   train FFNs as N experts fused into one (ExFusion) and to merge them into an ordinary
+   dense model.
+
+   LICENCE: MIT-0 or public domain, whichever you prefer. The file LICENSE holds both
+   texts. There is no warranty.
+
+   ---- DO THIS ---------------------------------------------------------- >>do_this
+
+   In ONE C or C++ file, before the include (everywhere else the include alone):
+
+    #define EXFUSION_IMPLEMENTATION
+    #include "exfusion.h"
+
+   and compile with
+
+       cc -O2 program.c -lm               one thread
+       cc -O2 -fopenmp program.c -lm      all processors, the same results
+
+   C99 or C++11 and later; libc and libm are all it needs. No -march flag: the fast
+   kernels are chosen when a context is made. The smallest complete program:
+
+    #include <stdio.h>
+    #define EXFUSION_IMPLEMENTATION
+    #include "exfusion.h"
+
+    int main(void) {
+      const exf_real numbers[] = {1, 2, 3};
+      exf_ctx *ctx = exf_ctx_new(NULL);
+      exf_tensor *x = exf_tensor_new(ctx, exf_shape1(3), numbers);
+      exf_tensor *loss;
+      exf_grad_keep(ctx, x);                      // a leaf that wants a gradient
+      loss = exf_sum(ctx, exf_square(ctx, x), EXF_ALL_AXES, 0);
+      exf_backward(ctx, loss);                    // dL/dx = 2 x
+      if (exf_ctx_status(ctx) != EXF_OK) {        // one check for everything above
+        fprintf(stderr, "%s\n", exf_error(ctx));
+        return 1;
+      }
+      printf("L = %g\n", exf_item(loss));         // -> L = 14
+      printf("dL/dx = %g %g %g\n",                // -> dL/dx = 2 4 6
+             x->grad[0], x->grad[1], x->grad[2]);
+      exf_ctx_free(ctx);
+      return 0;
+    }
+
+   ---- WHAT IT DOES NOT DO ---------------------------------------------- >>does_not
+
+   - No sparse mixture of experts: tokens are not routed, experts are not skipped. One
+     fused FFN runs.
+   - No promise of better models. What sw, dw and mb reduce to is said in >>algebra.
+   - No GPU, no distributed training, no arithmetic below float: F16 and BF16 are read
+     from files and converted.
+   - No second derivatives, no graph compiler, no strided views: every tensor is
+     contiguous, and exf_permute and exf_slice copy.
+   - No convolution, recurrence, rotary positions, grouped queries, or attention mask
+     other than causal.
+   - No tokenizer and no models: GPT is examples/charlm.c, built from the modules.
+   - No export to other frameworks' folders: it reads and writes single safetensors files.
+   - No exit, abort, print, environment variable or mutable global, ever.
+   - No fast kernels on compilers other than GCC and Clang: they get the reference ones.
+
+   ---- CONTENTS --------------------------------------------------------- >>contents
+
+   Search for a tag to go there.
+
+   A. Manual           >>do_this >>does_not >>contents >>tour >>method >>algebra
+                       >>lifetimes >>errors >>threads >>options >>format >>add_op
+   B. Public API       >>api
+        basics         >>status >>context >>rng >>tensor >>ops >>grad
+        models         >>model >>modules >>exfusion >>block
+        training       >>optim >>io
+   C. Implementation   >>impl, each section uses only those above it
+        ground         >>platform >>kernels >>fast >>memory >>random
+        tensors, tape  >>tensor_impl >>tape >>table
+        ops            >>elementwise >>matmul >>row_ops >>lookup >>shape_ops >>sums
+                       >>attention >>fuse >>custom >>backward >>op_api
+        models         >>model_impl >>gradcheck >>layers
+        ExFusion       >>exfusion_impl >>ffn >>upcycle >>diagnose >>block_impl
+        optimizers     >>optim_impl >>schedule >>merged
+        files          >>files >>safetensors >>st-writer >>checkpoint
+
+   ---- TEN-MINUTE TOUR -------------------------------------------------- >>tour
+
+   Tensor -> loss -> backward -> step -> save. A line is fitted, saved and read back:
+
+    #include <stdio.h>
+    #include <string.h>
+    #define EXFUSION_IMPLEMENTATION
+    #include "exfusion.h"
+
+    int main(void) {
+      exf_ctx *ctx = exf_ctx_new(NULL);
+      exf_model *model = exf_model_new(ctx);      // owns parameters and layers
+      exf_linear_layer *line = exf_linear_new(model, "line", 1, 1, 1, 0);
+      exf_optim_desc adamw;
+      exf_optim *optim;
+      exf_st *file;
+      exf_real x[8], y[8], w = 0;
+      int i;
+      memset(&adamw, 0, sizeof adamw);            // zero means default, everywhere
+      optim = exf_optim_new(model, &adamw);
+      for (i = 0; i < 8; i++) {
+        x[i] = (exf_real)i / 4;
+        y[i] = 3 * x[i] - 1;
+      }
+      for (i = 0; i < 1000; i++) {
+        exf_tensor *in = exf_tensor_new(ctx, exf_shape2(8, 1), x);      // (8,1)
+        exf_tensor *want = exf_tensor_new(ctx, exf_shape2(8, 1), y);    // (8,1)
+        exf_tensor *out = exf_linear_forward(ctx, line, in);            // (8,1)
+        exf_tensor *error = exf_square(ctx, exf_sub(ctx, out, want));
+        exf_backward(ctx, exf_mean(ctx, error, EXF_ALL_AXES, 0));
+        exf_optim_step(optim, 0.05, NULL);
+        exf_rewind(ctx);                          // ends the life of in, want, out ...
+      }
+      exf_model_save(model, "line.safetensors", NULL, 0);
+      file = exf_st_open(ctx, "line.safetensors", NULL);
+      if (file) exf_st_read(ctx, exf_st_find(file, "line.weight"), &w, 1);
+      if (exf_ctx_status(ctx) != EXF_OK) {
+        fprintf(stderr, "%s\n", exf_error(ctx));
+        return 1;
+      }
+      printf("y = %.2f x - 1\n", w);              // -> y = 3.00 x - 1
+      exf_st_close(file);
+      exf_optim_free(optim);
+      exf_model_free(model);
+      exf_ctx_free(ctx);
+      return 0;
+    }
+
+   A language model of one Transformer block, its FFN four experts with a memory bank,
+   learns a cycle of tokens and is merged:
+
+    #include <stdio.h>
+    #include <string.h>
+    #define EXFUSION_IMPLEMENTATION
+    #include "exfusion.h"
+
+    enum { V = 7, C = 32, B = 4, T = 8 };         // tokens, width, batch, positions
+
+    typedef struct gpt {
+      exf_tensor *wte, *wpe;                      // (V,C), (T,C)
+      exf_block *block;
+    } gpt;
+
+    // ids (B,T) -> (B,T,V)
+    static exf_tensor *logits(exf_ctx *ctx, const gpt *g, const int32_t *ids) {
+      exf_tensor *x = exf_add(ctx, exf_embedding(ctx, g->wte, ids, B, T), g->wpe);
+      x = exf_block_forward(ctx, g->block, x);    // (B,T,C)
+      return exf_linear(ctx, x, g->wte, NULL);    // the head is the embedding again
+    }
+
+    int main(void) {
+      exf_ctx *ctx = exf_ctx_new(NULL);
+      exf_model *model = exf_model_new(ctx);
+      exf_block_desc block;
+      exf_optim_desc adamw;
+      exf_optim *optim;
+      exf_tensor *y;
+      exf_real fused[B * T * V];
+      int32_t ids[B * T], next[B * T];
+      double a[4] = {0, 0, 0, 0}, loss = 0;
+      int i, step, n_train, same;
+      gpt g;
+      memset(&block, 0, sizeof block);
+      memset(&adamw, 0, sizeof adamw);
+      block.width = C;
+      block.n_heads = 4;
+      block.causal = 1;
+      block.ffn.fusion.variant = EXF_MB;          // 4 experts and mu 0.95 by default
+      g.wte = exf_embedding_new(model, "wte", V, C, 0.02);
+      g.wpe = exf_embedding_new(model, "wpe", T, C, 0.02);
+      g.block = exf_block_new(model, "h.0", &block);
+      adamw.weight_decay = 0.1;
+      adamw.clip = 1;
+      optim = exf_optim_new(model, &adamw);
+
+      exf_training_set(ctx, 1);                   // routers are asked, banks follow
+      for (step = 0; step < 150; step++) {
+        exf_step_begin(ctx, (uint64_t)step);      // keys dropout, if there is any
+        for (i = 0; i < B * T; i++) {             // 0 3 6 2 5 1 4 0 ..., from anywhere
+          ids[i] = i % T ? next[i - 1] : (step + i / T) % V;
+          next[i] = (ids[i] + 3) % V;
+        }
+        y = exf_cross_entropy(ctx, logits(ctx, &g, ids), next, 0);
+        loss = exf_item(y);
+        exf_backward(ctx, y);
+        exf_optim_step(optim, 5e-3, NULL);        // experts, router; then M <- a
+        exf_rewind(ctx);
+      }
+      exf_training_set(ctx, 0);                   // evaluation fuses with the bank M
+      printf("learnt: %d\n", loss < 0.05);        // -> learnt: 1
+
+      exf_grad_set(ctx, 0);                       // no-grad: inference without a tape
+      y = logits(ctx, &g, ids);
+      if (y) memcpy(fused, y->data, sizeof fused);
+      exf_rewind(ctx);
+      n_train = (int)exf_model_count(model);
+      exf_ffn_diagnose(g.block->ffn, a, NULL, NULL);          // the merge's weights
+      printf("sum of a: %.3f\n", a[0] + a[1] + a[2] + a[3]);  // -> sum of a: 1.000
+
+      exf_optim_free(optim);                      // its moments are the experts'
+      exf_model_merge(model);                     // for good: an ordinary dense FFN
+      y = logits(ctx, &g, ids);
+      same = y && memcmp(fused, y->data, sizeof fused) == 0;
+      printf("same bits: %d\n", same);            // -> same bits: 1
+      printf("parameters: %d, merged %d\n",       // -> parameters: 37540, merged 12832
+             n_train, (int)exf_model_count(model));
+      if (exf_ctx_status(ctx) != EXF_OK) fprintf(stderr, "%s\n", exf_error(ctx));
+      exf_model_free(model);
+      exf_ctx_free(ctx);
+      return 0;
+    }
+
+   From here: examples/hello.c, then examples/charlm.c, a whole training program with
+   checkpoints, exact resuming and generation; >>api has every function and its formula.
+
+   ---- THE METHOD ------------------------------------------------------- >>method
+
+   ExFusion: "Efficient Transformer Training via Multi-Experts Fusion", Ruan, Dong, Qu,
+   Zhu, Liu, Fu, Cheng, Xiang, arXiv 2603.27965, 2026. Each FFN holds N experts; in every
+   step their parameters are combined by weights into one FFN of the original size, and
+   that one runs; after training they are merged for good.
+
+   What is whose. From the paper: N experts per FFN, the single fused FFN, the merge, and
+   the names static weights (sw), dynamic weights (dw) and memory bank (mb). Ours: all
+   formulas of dw, router, bank, upcycling, clipping and accumulation below. They were
+   written from the abstract, figures and headings, and may differ from the authors' code.
+
+   Rows x (T,d), T = batch x positions; W1 (h,d), b1 (h), W2 (d,h), b2 (d). Expert i is a
+   full set th_i of them (SwiGLU: Wg, bg too); the weights a (N) are one vector per FFN.
+
+       fuse      th = sum_i a_i th_i              the shapes of the dense FFN
+       forward   y = act(x W1^T + b1) W2^T + b2   one dense pass, on th
+       backward  G = dL/dth                       as for a dense FFN
+                 dL/da_i = sum over the tensors of <G, th_i>
+                 dL/dth_i = a_i G                 rank one over experts, never stored:
+                                                  one G and N numbers (exf_expert_grad)
+       merge     th* = sum_i a_i th_i, once       the FFN is then dense
+
+   The merge identity: evaluation and merge run the same fuse kernel with the same
+   weights, so merged logits equal evaluation logits bit for bit; the merged model has the
+   dense parameter count and no expert tensor. Fusing parameters is not averaging the
+   experts' outputs: two matrices and an activation give cross terms.
+
+       variant         a in training                       a in evaluation and merge
+       EXF_SW          1/N                                 1/N
+       EXF_DW raw      learnable, 1/N at the start         a
+       EXF_DW softmax  softmax(z / tau), z learnable       softmax(z / tau)
+       EXF_MB          mu M + (1 - mu) r, then M <- a      the bank M (N)
+       EXF_MB routed   r; M <- mu M + (1 - mu) r           the bank M
+
+       u = mean over all rows of the FFN's input           (d), a constant unless attach
+       r = softmax((R u + c) / tau)                        R (N,d), c (N), the router
+       dL/dl_i = (1 - mu) r_i / tau <G, th_i - sum_j r_j th_j>,  l = R u + c
+                                                           routed: without (1 - mu)
+
+   M starts at 1/N and moves once per exf_optim_step, never in evaluation. As a = M after
+   the update, mb has no merge gap; routed has one, and exf_routing_set measures it. With
+   K micro-batches all see the same M; the router's gradient is exact, experts get the
+   mean weight times the sum of the K gradients (exact for sw and dw, an approximation
+   for mb), and then M <- the mean weights. z, a, R, c and M take no weight decay.
+
+   In a causal language model the mean over rows sees later positions and other sequences
+   of the batch. mb's weights leak a few bits per step of them into training, none after
+   the merge: judge a model by its merged loss, never by its training loss.
+
+   Upcycling, th_0 -> experts (exf_ffn_upcycle, exf_model_upcycle):
+       zerosum            th_0 + s (e_i - mean e), e_i fresh draws. The fused set is th_0
+                          to rounding: the default for a trained or loaded th_0
+       independent        fresh draws times sqrt(N): the fused set has the dense init's
+                          distribution; the default from scratch
+       independent-plain  fresh draws: the fused set starts 1/sqrt(N) smaller
+       copy               N copies, which never separate
+       drop               copies; a share of hidden units (row of W1, b1, column of W2)
+                          drawn afresh per expert
+   One can merge at any step, go on training dense, and upcycle again.
+
+   Cost: training holds N times the FFN parameters and N times their optimizer moments;
+   the merged model is exactly dense. Beside the FFN's 3 P T multiply-adds (P parameters)
+   fuse and <G, th_i> take 2 N P, 2N/(3T) of it. They are bound by memory: per dense FFN
+   parameter fuse moves N+1 floats, the dots N+1, AdamW 6N+1.
+
+   ---- WHAT THE ALGEBRA SAYS -------------------------------------------- >>algebra
+
+   1. Adam divides the scale out. For constant positive a every expert takes the same
+      step whatever a_i is, up to eps, which acts as eps / a_i. So sw under AdamW is dense
+      AdamW from the experts' mean with N eps, for ever; under SGD it is dense SGD at lr/N
+      with N times the coupled decay. sw is a control, not a gain.
+   2. Differences between experts only shrink, by prod_t (1 - lr_t wd), unless a changes
+      quickly. exf_expert_decay predicts the factor: 0.90 for charlm's defaults.
+   3. Identical copies with equal weights get identical gradients and stay identical.
+   4. Raw dw also learns a free scale, sum_i a_i, which under Adam acts as a larger
+      learning rate. At a small rate that looks like a gain of the method. The fair
+      controls are dense with one learned scalar per FFN (dw raw, N = 1) and dense with
+      its rate tuned, which takes the gain back. Compare tuned runs, over seeds.
+      Under gradient flow raw weights conserve a_i^2 - ||th_i||^2.
+   5. Clipping must see the fused norm, each FFN by its G. Over all experts' gradients an
+      FFN counts as ||a|| ||G||: sqrt(N) less with sw (exf_optim_desc.expert_norm).
+   6. mb's mean routing makes r nearly constant from batch to batch.
+   7. N = 1: sw, dw softmax and mb are dense bit for bit; dw raw adds a learned scalar.
+   exf_notices says which of these a configuration runs into. Related: the keys' third of
+   an attention bias (c_attn.bias) has gradient zero, as softmax does not see a shift of
+   all scores of a row. Only rounding noise moves it: leave it out of comparisons.
+
+   ---- LIFETIMES -------------------------------------------------------- >>lifetimes
+
+   Step: what ops and exf_tensor_new return, with the gradients of such tensors, lives
+   until exf_rewind, which hands the same memory to the next step. Reading such a pointer
+   later is not detected. After the second step of equal shapes nothing is allocated.
+   Model: parameters, their gradients and layers live until exf_model_free. A parameter's
+   gradient counts from exf_backward to exf_optim_step, which uses it up; further
+   backward passes before that add to it (gradient accumulation). exf_backward uses up
+   the tape: one call per graph.
+   Upcycling and merging an FFN end the life of its parameters: every exf_param and
+   exf_tensor pointer to them, their gradients and moments. exf_ffn, exf_block and all
+   other parameters stay. Make the optimizer anew: all its moments restart at zero. An
+   exf_ema goes on, as it averages dense shapes.
+   Ids and labels are copied. An exf_custom_desc's user data must live until backward.
+   Free optimizers, averages and caches before their model, everything before its context.
+
+   ---- ERRORS ----------------------------------------------------------- >>errors
+
+   A context keeps the first error, and nothing is computed after it. A failed call
+   returns NULL or a status; NULL given to an op is passed on, and exf_item(NULL) is NaN.
+   So build, run, and check once per step. The message is one line that names the thing,
+   the rule and often the remedy:
+
+    #include <stdio.h>
+    #define EXFUSION_IMPLEMENTATION
+    #include "exfusion.h"
+
+    int main(void) {
+      exf_ctx *ctx = exf_ctx_new(NULL);
+      exf_tensor *a = exf_tensor_new(ctx, exf_shape2(2, 3), NULL);
+      exf_tensor *b = exf_matmul(ctx, a, a, 0, 0);        // (2,3) (2,3): refused
+      exf_tensor *c = exf_softmax(ctx, exf_add(ctx, b, a));
+      printf("%d\n", c == NULL);                          // -> 1
+      printf("%s\n", exf_status_name(exf_ctx_status(ctx)));  // -> EXF_SHAPE
+      // -> matmul: (2,3) and (2,3): the inner axes differ
+      printf("%s\n", exf_error(ctx));
+      exf_error_clear(ctx);                               // and it can be used again
+      exf_rewind(ctx);
+      exf_ctx_free(ctx);
+      return 0;
+    }
+
+   A loss that is not finite is EXF_NUMERIC and names the op it came from; gradients that
+   are not finite are EXF_NUMERIC in exf_optim_step, and nothing was updated. Memory that
+   runs out is EXF_MEMORY. Saving leaves the old file or the new one. Loading checks all
+   names and shapes before it changes a number.
+
+   ---- THREADS AND DETERMINISM ------------------------------------------ >>threads
+
+   One context per thread; inside, OpenMP splits large ops over exf_desc.n_threads. What
+   is split is always an output, never a sum, and sums have a fixed order. So the bits do
+   not depend on the number of threads, and not on AVX2, AVX-512, NEON or the reference
+   kernels. SSE2, which has no fused multiply-add, and EXF_DOUBLE have bits of their own.
+   exp, log, tanh and erf are ours; from libm only sqrt and fma reach a weight.
+   Random numbers are a function of (seed, stream, step, index), with streams named after
+   parameters: evaluation, logging, resuming and threads cannot disturb training.
+   A merged or dense model is read-only in evaluation: several threads may run it at once,
+   each with its own context, exf_grad_set(ctx, 0) and training mode off. So may an
+   unmerged one, while no thread trains it, merges it or upcycles it.
+
+   ---- OPTIONS ---------------------------------------------------------- >>options
+
+   Define before the include. "All": the same in every file that includes the header;
+   "one": only where EXFUSION_IMPLEMENTATION is.
+
+   macro                    default        effect                                  where
+   EXFUSION_IMPLEMENTATION  -              compiles the library here               one
+   EXF_STATIC               -              all functions static                    one
+   EXF_API                  extern         before every function (dllexport ...)   all
+   EXF_DOUBLE               float          exf_real is double; reference kernels,  all
+                                           files in F64: for checking gradients
+   EXF_NO_SIMD              fast kernels   reference kernels only                  one
+   EXF_NO_OPENMP            as compiler    one thread, even with -fopenmp          one
+   EXF_NO_STDIO             system's files no file functions: give exf_desc.files  one
+   EXF_ALLOW_FAST_MATH      refused        accepts -ffast-math; bits are not       one
+                                           reproducible then
+   EXF_HEADER_NAME          "exfusion.h"   the name of this file, which includes   one
+                                           itself for each instruction set
+
+   ---- FILE FORMAT ------------------------------------------------------ >>format
+
+   safetensors: 8 bytes N, unsigned little-endian; N bytes of JSON, padded with blanks
+   to a multiple of 8; then the numbers, row-major, little-endian, without gaps.
+
+       {"__metadata__":{"format":"pt"},"line.bias":{"dtype":"F32","shape":[1],
+        "data_offsets":[0,4]},"line.weight":{"dtype":"F32","shape":[1,1], ...
+
+   Metadata keys and, within a type, tensors are sorted, so equal models give equal files.
+   Every reading rule stands in >>safetensors.
+   exf_model_save writes the merged, dense model: parameters under their names, aliases
+   (a tied lm_head.weight) as tensors of their own. exf_checkpoint_save writes what
+   training needs; with F the name of an FFN (transformer.h.0.mlp) and the layer c_fc:
+
+       NAME                           parameters outside FFNs, each once
+       adamw.m.NAME, adamw.v.NAME     moments (sgd.m.NAME: momentum)
+       F.experts.c_fc.weight          [N,h,d]; .bias [N,h]; c_proj likewise
+       F.fusion.weight                [N]   dw: a, or z
+       F.router.weight, .bias         [N,d], [N]   mb
+       F.bank                         [N]   mb: M
+       metadata exf.updates           updates made, for Adam's bias correction
+
+   Other metadata are the program's. charlm writes exf.version, exf.task, exf.seed,
+   exf.step, exf.vocab (a JSON list of byte values) and exf.config: in a model its
+   geometry (n_layer, n_head, n_embd, block_size, vocab_size, bias, activation) as a JSON
+   text, in a checkpoint the flags of the run, with exf.data, size and hash of the data.
+
+   ---- HOW TO ADD AN OP ------------------------------------------------- >>add_op
+
+   For research exf_custom may be enough. An op of the library takes six steps:
+   1. A row X(FOO, "foo") in EXF__OPS, >>table. Enum, name and dispatch expand from it.
+   2. exf__FOO_shape(ctx, n, out): checks n->in[i]->shape and n->arg; writes *out and
+      returns 1, or returns exf__bad_shape(ctx, n, "the rule").
+   3. exf__FOO_forward(ctx, n): fills all of n->out->data. What backward cannot cheaply
+      recompute goes to n->saved, from exf__arena.
+   4. exf__FOO_backward(ctx, n), beside it: for each input, g = exf__grad(ctx, n->in[i],
+      &acc); NULL means not wanted; acc means add to g, otherwise overwrite it. The
+      gradient of the result is exf__dout(n).
+   5. exf_foo: declared in >>ops with its formula, defined in >>op_api through exf__run1,
+      exf__run2, or exf__run with the op's scalars in exf__args.
+   6. recipe_FOO in tests/test_ops.c: P makes parameters, W adds a result to the loss. The
+      tests do not compile without it. */
 /* ==== B. PUBLIC API ======================================================== >>api */
 #ifndef EXFUSION_H
 #define EXFUSION_H
@@ -896,11 +1322,11 @@ static float exf__expm1(float x) {
   return fmaf(s, fmaf(r * r, p, r), s - 1.0f);
 }
 
-/* tanh |x| = u / (u + 2), u = e^2|x| - 1 */
+/* tanh |x| = -u / (u + 2), u = e^-2|x| - 1 */
 static float exf__tanh(float x) {
   float u;
   if (!(x == x)) return x;
-  u = exf__expm1(2.0f * EXF__MIN(fabsf(x), 9.5f));
+  u = exf__expm1(-2.0f * EXF__MIN(fabsf(x), 9.5f));
   return copysignf(u / (u + 2.0f), x);
 }
 
@@ -1563,8 +1989,8 @@ EXF__INLINE float EXF__F(fold)(const EXF__V *l, int max) {
 EXF__INLINE float EXF__F(fold)(const EXF__V *l, int max) {
   __m128 q, r;
 #if EXF__INSTANCE == 4
-  __m256 h = _mm512_castps512_ps256(l[0]);
   __m512d u = _mm512_castps_pd(l[0]);
+  __m256 h = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, u, 0));
   h = EXF__FOLD(256_, h, _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, u, 1)));
 #elif EXF__INSTANCE == 3
   __m256 h = EXF__FOLD(256_, l[0], l[1]);
@@ -1682,31 +2108,40 @@ EXF__INLINE void EXF__F(strip)(const int mr, size_t n, size_t k, const float *a,
                  bias ? bias + j : bias);
 }
 
-/* b (k,n) -> panels (k, EXF__NR) one after the other. Rows of b contiguous: copy;
-   columns contiguous: 4 x 4 transpositions in registers. */
+/* Four rows of k of EXF__W columns of b, whose columns are contiguous and b_col apart:
+   4 x 4 transpositions in registers */
+EXF__INLINE void EXF__F(transpose)(const float *b, size_t b_col, EXF__V *r) {
+  EXF__V r0 = EXF__F(lanes)(b, 4 * b_col), r1 = EXF__F(lanes)(b + b_col, 4 * b_col);
+  EXF__V r2 = EXF__F(lanes)(b + 2 * b_col, 4 * b_col);
+  EXF__V r3 = EXF__F(lanes)(b + 3 * b_col, 4 * b_col);
+  EXF__V t0 = EXF__LO(r0, r1), t1 = EXF__LO(r2, r3);
+  EXF__V t2 = EXF__HI(r0, r1), t3 = EXF__HI(r2, r3);
+  r[0] = EXF__LL(t0, t1), r[1] = EXF__HH(t0, t1);
+  r[2] = EXF__LL(t2, t3), r[3] = EXF__HH(t2, t3);
+}
+
+/* b (k,n) -> panels (k, EXF__NR) one after the other */
 EXF__TARGET static void EXF__F(pack_b)(size_t k, size_t n, const float *b, size_t b_row,
                                        size_t b_col, float *out) {
   size_t j, p, i, w;
+  if (b_col == 1) { /* along the rows, which may lie far apart */
+    for (p = 0; p < k; p++, b += b_row)
+      for (j = 0; j < n; j += EXF__W)
+        EXF__STORE(out + j / EXF__NR * EXF__NR * k + p * EXF__NR + j % EXF__NR,
+                   EXF__F(get)(b, j, n, 0));
+    return;
+  }
   for (j = 0; j < n; j += EXF__W, b += EXF__W * b_col) {
     float *o = out + j / EXF__NR * EXF__NR * k + j % EXF__NR;
     w = EXF__MIN(n - j, (size_t)EXF__W);
     p = 0;
-    if (b_col == 1) {
-      for (; p < k; p++) EXF__STORE(o + p * EXF__NR, EXF__F(get)(b + p * b_row, 0, w, 0));
-    } else if (b_row == 1 && w == EXF__W) {
+    if (b_row == 1 && w == EXF__W)
       for (; p + 4 <= k; p += 4) {
-        EXF__V r0 = EXF__F(lanes)(b + p, 4 * b_col);
-        EXF__V r1 = EXF__F(lanes)(b + p + b_col, 4 * b_col);
-        EXF__V r2 = EXF__F(lanes)(b + p + 2 * b_col, 4 * b_col);
-        EXF__V r3 = EXF__F(lanes)(b + p + 3 * b_col, 4 * b_col);
-        EXF__V t0 = EXF__LO(r0, r1), t1 = EXF__LO(r2, r3);
-        EXF__V t2 = EXF__HI(r0, r1), t3 = EXF__HI(r2, r3);
-        EXF__STORE(o + p * EXF__NR, EXF__LL(t0, t1));
-        EXF__STORE(o + (p + 1) * EXF__NR, EXF__HH(t0, t1));
-        EXF__STORE(o + (p + 2) * EXF__NR, EXF__LL(t2, t3));
-        EXF__STORE(o + (p + 3) * EXF__NR, EXF__HH(t2, t3));
+        EXF__V r[4];
+        EXF__F(transpose)(b + p, b_col, r);
+        EXF__UNROLL
+        for (i = 0; i < 4; i++) EXF__STORE(o + (p + i) * EXF__NR, r[i]);
       }
-    }
     for (; p < k; p++)
       for (i = 0; i < EXF__W; i++)
         o[p * EXF__NR + i] = i < w ? b[p * b_row + i * b_col] : 0.0f;
@@ -1724,6 +2159,30 @@ EXF__INLINE void EXF__F(pack_a)(const int mr, size_t k, const float *a, size_t a
       for (i = 0; i < mr; i++) out[i] = a[(size_t)i * a_row];
 }
 
+/* One row of C, columns of b contiguous (y = W x, of a generating model): nothing is
+   packed, b streams through the transposition. Columns j .. j + EXF__W - 1. */
+EXF__INLINE void EXF__F(gemv)(size_t k, const float *a, size_t a_col, const float *b,
+                              size_t b_col, float *c, int acc, const float *bias) {
+  EXF__V y = acc ? EXF__LOAD(c) : EXF__SET(0.0f);
+  size_t p = 0, p0, end, i;
+  for (p0 = 0; p0 < k; p0 += EXF__KC) {
+    EXF__V s = EXF__SET(0.0f), r[4];
+    end = EXF__MIN(k, p0 + EXF__KC);
+    for (p = p0; p + 4 <= end; p += 4) {
+      EXF__F(transpose)(b + p, b_col, r);
+      EXF__UNROLL
+      for (i = 0; i < 4; i++) s = EXF__FMAV(EXF__SET(a[(p + i) * a_col]), r[i], s);
+    }
+    for (; p < end; p++) {
+      float t[EXF__W];
+      for (i = 0; i < EXF__W; i++) t[i] = b[p + i * b_col];
+      s = EXF__FMAV(EXF__SET(a[p * a_col]), EXF__LOAD(t), s);
+    }
+    y = p0 == 0 && !acc ? s : (EXF__V)(y + s);
+  }
+  EXF__STORE(c, bias ? (EXF__V)(y + EXF__LOAD(bias)) : y);
+}
+
 /* Scratch: a packed block (EXF__KC, EXF__NC) of b, a packed strip (EXF__KC, EXF__MR) of
    a. a is read in place where its rows are contiguous or used only once, b where few
    rows of a pass over it. */
@@ -1737,7 +2196,9 @@ EXF__TARGET static void EXF__F(gemm)(size_t m, size_t n, size_t k, const float *
     exf__gemm_ref(m, n, k, a, a_row, a_col, b, b_row, b_col, c, c_row, acc, bias, NULL);
     return;
   }
-  for (j = 0; j < n; j += nc) {
+  for (j = 0; m == 1 && b_row == 1 && j + EXF__W <= n; j += EXF__W)
+    EXF__F(gemv)(k, a, a_col, b + j * b_col, b_col, c + j, acc, bias ? bias + j : bias);
+  for (; j < n; j += nc) {
     nc = EXF__MIN(n - j, nc_max);
     for (p = 0; p < k; p += kc) {
       const float *bb = b + p * b_row + j * b_col, *bias_p;
@@ -1819,7 +2280,7 @@ EXF__INLINE EXF__V EXF__F(expm1)(EXF__V x) {
 }
 
 EXF__INLINE EXF__V EXF__F(tanh)(EXF__V x) {
-  EXF__V u = EXF__SET(2.0f) * EXF__MINV(EXF__SET(9.5f), EXF__F(abs)(x));
+  EXF__V u = EXF__SET(-2.0f) * EXF__MINV(EXF__SET(9.5f), EXF__F(abs)(x));
   u = EXF__F(expm1)(u);
   return EXF__F(copysign)(u / (u + EXF__SET(2.0f)), x);
 }
@@ -2313,9 +2774,9 @@ EXF__TARGET static void EXF__F(adamw)(size_t n_experts, size_t size, size_t stri
 #endif
 
 /* Blocks of the matrix product: EXF__KC x EXF__NC of b, EXF__KC x at most 16 of a */
-#define EXF__NC 512
+#define EXF__NC 256
 #define EXF__GEMM_SCRATCH (EXF__KC * (EXF__NC + 16) * sizeof(float))
-#define EXF__DIRECT 12  /* up to this many rows, b is not packed if it need not be */
+#define EXF__DIRECT 96  /* up to this many rows, b is not packed if it need not be */
 #if defined(__clang__)
 #define EXF__UNROLL
 #else
@@ -5533,7 +5994,7 @@ EXF_API double exf_ffn_diagnose(const exf_ffn *f, double *weights, double *route
   if (!f || f->fusion.variant == EXF_DENSE) return 1;
   ctx = f->model->ctx;
   n = f->fusion.n_experts;
-  a = (exf_real *)exf__alloc_n(ctx, n, sizeof(exf_real));
+  a = (exf_real *)exf__arena(ctx, n, sizeof(exf_real));
   if (!a) return 0;
   exf__ffn_merge_weights(f, a);
   for (i = 0; i < n; i++) {
@@ -5558,7 +6019,6 @@ EXF_API double exf_ffn_diagnose(const exf_ffn *f, double *weights, double *route
   }
   for (i = 0; diversity && i < n; i++)
     diversity[i] = norm > 0 ? sqrt(diversity[i] / norm) : 0;
-  exf__free(ctx, a);
   return squares > 0 ? sum * sum / squares : 0;
 }
 

