@@ -363,6 +363,7 @@ TEST(v4_the_json_is_strict) {
       check_json(bad[i], 0, EXF_FORMAT, "rule V");
     else
       check_json(bad[i], 0, EXF_FORMAT, "rule V4");
+  check_json("{\"a\":{", 0, EXF_FORMAT, "rule V4: the JSON header ends where '\"' is");
   b = blob_file("{}\0\0\0\0\0\0", 8, 0);
   check_refused(b, EXF_FORMAT, "rule V4: header byte 2 is 0x00");
   b = blob_file("\0\0{}\0\0\0\0", 8, 0);
