@@ -19,9 +19,13 @@ COMPILE = $(CC) $(CFLAGS) $(WARN) $(OPENMP)
 
 EXAMPLES = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 TESTS = $(patsubst tests/%.c,build/tests/%,$(wildcard tests/test_*.c))
-# These are built a second time with EXF_DOUBLE.
+# Tests of the public functions share one compiled implementation; the others, which look
+# behind them, include it. Some are built a second time with EXF_DOUBLE.
+LINKED = build/tests/test_core build/tests/test_exfusion build/tests/test_golden \
+  build/tests/test_optim
 DOUBLES = build/tests/test_ops_double build/tests/test_optim_double
 SCRIPTS = $(wildcard tests/test_*.sh)
+HEADERS = exfusion.h $(wildcard tests/*.h)
 
 all: $(EXAMPLES)
 
@@ -29,13 +33,23 @@ build/%: examples/%.c exfusion.h $(wildcard examples/*.h)
 	@mkdir -p build
 	$(COMPILE) $< -o $@ -lm
 
-build/tests/%: tests/%.c exfusion.h $(wildcard tests/*.h)
+build/tests/%: tests/%.c $(HEADERS)
 	@mkdir -p build/tests
 	$(COMPILE) -pthread $< -o $@ -lm
 
-build/tests/%_double: tests/%.c exfusion.h $(wildcard tests/*.h)
+build/tests/%_double: tests/%.c $(HEADERS)
 	@mkdir -p build/tests
 	$(COMPILE) -DEXF_DOUBLE -pthread $< -o $@ -lm
+
+build/tests/exfusion.o: exfusion.h
+	@mkdir -p build/tests
+	printf '\043define EXFUSION_IMPLEMENTATION\n\043include "../../exfusion.h"\n' \
+	  > build/tests/exfusion.c
+	$(COMPILE) -c build/tests/exfusion.c -o $@
+
+$(LINKED): build/tests/%: tests/%.c build/tests/exfusion.o $(HEADERS)
+	@mkdir -p build/tests
+	$(COMPILE) -DTEST_LINKED -pthread $< build/tests/exfusion.o -o $@ -lm
 
 # A character model with memory-bank FFNs learns the text of exfusion.h, is merged, and
 # writes.
@@ -45,9 +59,18 @@ demo: build/charlm
 	build/charlm info runs/demo/model.safetensors
 	build/charlm sample runs/demo -n 400 --temperature 0.7 --seed 1
 
+# Each test leaves its counts in build/tests; the sum is the last line. Long ones first.
+NAMES = $(notdir $(SCRIPTS:.sh=) $(TESTS) $(DOUBLES))
 test:
-	@$(MAKE) -s -j$(JOBS) all $(TESTS) $(DOUBLES)
-	@CC="$(CC)" CXX="$(CXX)" OPENMP="$(OPENMP)" JOBS=$(JOBS) sh tests/run.sh $(SCRIPTS) $(TESTS) $(DOUBLES)
+	@mkdir -p build/tests && rm -f build/tests/*.result
+	@$(MAKE) -s -k -j$(JOBS) $(NAMES:%=build/tests/%.result) || true
+	@sh tests/run.sh sum $(NAMES)
+
+build/tests/%.result: build/tests/%
+	@sh tests/run.sh one $<
+
+build/tests/%.result: tests/%.sh $(EXAMPLES)
+	@CC="$(CC)" JOBS=1 sh tests/run.sh one $<
 
 # All variants x seeds 1-3 at two learning rates. Finished runs are kept in
 # build/quality, so it may be stopped and called again. JOBS=2: two runs at a time.

@@ -1210,6 +1210,8 @@ typedef struct exf__kernels {
 static double exf__log_d(double x) {
   uint64_t bits;
   int64_t e;
+  static const double inverse[] = {1.0 / 21, 1.0 / 19, 1.0 / 17, 1.0 / 15, 1.0 / 13,
+                                   1.0 / 11, 1.0 / 9,  1.0 / 7,  1.0 / 5,  1.0 / 3};
   double m, f, f2, s = 0;
   int k;
   memcpy(&bits, &x, sizeof bits);
@@ -1222,7 +1224,7 @@ static double exf__log_d(double x) {
   }
   f = (m - 1) / (m + 1);
   f2 = f * f;
-  for (k = 21; k >= 3; k -= 2) s = (s + 1.0 / k) * f2;
+  for (k = 0; k < 10; k++) s = (s + inverse[k]) * f2;
   s = 2 * f + 2 * f * s;
   return (double)e * 0.693147180369123816490 +
          (s + (double)e * 1.90821492927058770002e-10); /* ln 2 in two parts */
@@ -8165,7 +8167,8 @@ static exf_pair *exf__meta_join(exf_ctx *ctx, const exf_pair *meta, size_t n_met
   *n = 0;
   if (!all) return NULL;
   for (i = 0; i < n_meta; i++) all[(*n)++] = meta[i];
-  for (i = 0; i < n_meta && strcmp(meta[i].key, "format") != 0; i++) {}
+  for (i = 0; i < n_meta; i++)
+    if (meta[i].key && strcmp(meta[i].key, "format") == 0) break;
   if (i == n_meta) {
     all[*n].key = "format";
     all[(*n)++].value = "pt";

@@ -364,17 +364,14 @@ static void train_finish(charlm *c, const char *self) {
   gpt merged;
   vocabulary v;
   text next = {NULL, 0, 0};
-  size_t i;
   run_save_results(r);
   free(open_model(r->ctx, r->s.out, &merged, &v));
   m = evaluate_validation(c, &merged);
   gpt_free(&merged);
-  if (r->s.ffn == EXF_MB && r->s.routed) {   /* as in training, but for dropout */
-    exf_training_set(r->ctx, 1);
-    c->g.dropout = 0;
-    for (i = 0; i < c->g.n_layers; i++) c->g.blocks[i]->dropout = 0;
+  if (r->s.ffn == EXF_MB && r->s.routed) {
+    exf_routing_set(r->ctx, 1);              /* the routers instead of the banks */
     m.gap = m.val_loss - evaluate_validation(c, NULL).val_loss;
-    exf_training_set(r->ctx, 0);
+    exf_routing_set(r->ctx, 0);
   }
   text_add(&next, "%s sample", self);
   run_finish(r, &m, NULL, "nats per character", next.s);
@@ -446,7 +443,7 @@ typedef struct sampling {
 static int32_t choose(const exf_tensor *logits, const sampling *s, uint64_t index) {
   size_t i, j, n = 0, kept = s->top_k && s->top_k < logits->size ? (size_t)s->top_k
                                                                  : logits->size;
-  int32_t order[256];
+  int32_t order[256] = {0};
   double p[256], total = 0, mass = 0, draw;
   for (i = 0; i < logits->size; i++) {    /* by falling logit, then rising token */
     for (j = i; j > 0 && logits->data[order[j - 1]] < logits->data[i]; j--)

@@ -1,6 +1,8 @@
 /* The method: fusing, merging, upcycling, the memory bank, diagnostics and notices, for
    every variant, against plain loops where there is a formula. */
+#ifndef TEST_LINKED    /* the Makefile links the implementation in */
 #define EXFUSION_IMPLEMENTATION
+#endif
 #include "../exfusion.h"
 #include "test.h"
 #include "tiny_gpt.h"

@@ -1,7 +1,9 @@
 /* tests/test_golden.c - the library beside PyTorch, and what must agree bit for bit.
    Reads the numbers that tests/golden/make_golden.py wrote, from the root of the
    project; that script says what the runs are. */
+#ifndef TEST_LINKED    /* the Makefile links the implementation in */
 #define EXFUSION_IMPLEMENTATION
+#endif
 #include "../exfusion.h"
 
 #include "test.h"

@@ -167,7 +167,7 @@ TEST(vector_functions) {
     }
     CHECK(bad == 0);
     CHECK(bad_grad == 0);
-    CHECK(worst <= 2);
+    if (!CHECK(worst <= 2)) printf("  function %d: %.3f ulp\n", ops[o], worst);
   }
 }
 #endif
@@ -195,6 +195,19 @@ TEST(double_helpers) {
   CHECK(exf__pow_d(0.3, 0) == 1 && exf__pow_d(0.3, 1) == 0.3);
 }
 
+/* ---- random numbers ------------------------------------------------------------------ */
+
+TEST(philox_known_answers) {
+  /* The published vectors for counter 0 and key 0, and for all bits set. */
+  static const uint32_t zero[4] = {0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u};
+  static const uint32_t ones[4] = {0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu};
+  uint32_t out[4];
+  int i;
+  exf__philox(0, 0, 0, 0, out);
+  for (i = 0; i < 4; i++) CHECK(out[i] == zero[i]);
+  exf__philox(~(uint64_t)0, ~(uint32_t)0, ~(uint32_t)0, ~(uint64_t)0, out);
+  for (i = 0; i < 4; i++) CHECK(out[i] == ones[i]);
+}
 /* ---- gemm ---------------------------------------------------------------------------- */
 
 static void gemm_case(size_t m, size_t n, size_t k, int f) {
@@ -517,6 +530,7 @@ static void each_isa(void (*test)(void), const char *name) {
 
 int main(void) {
   RUN(double_helpers);
+  RUN(philox_known_answers);
 #ifndef EXF_DOUBLE
   RUN(exp_within_two_ulp);
   RUN(tanh_within_two_ulp);

@@ -1,6 +1,8 @@
 /* Optimizers, clipping, schedules and the moving average against formulas written out
    here. Built in float and in double; in double the agreement is to rounding. */
+#ifndef TEST_LINKED    /* the Makefile links the implementation in */
 #define EXFUSION_IMPLEMENTATION
+#endif
 #include "../exfusion.h"
 #include "test.h"
 #include "tiny_gpt.h"
