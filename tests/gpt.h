@@ -1,10 +1,9 @@
-/* tests/gpt.h - the small GPT that several tests train.
-   Include after exfusion.h and test.h. Names and op order are those of nanoGPT. */
+/* tests/gpt.h - the small GPT of tiny_gpt.h in a context of its own, for runs that are
+   compared with each other or with PyTorch. Include after exfusion.h and test.h. */
 #ifndef GPT_H
 #define GPT_H
 
-#define GPT_MAX_LAYERS 4
-#define GPT_MAX_BLOCK 64
+#include "tiny_gpt.h"
 
 typedef struct gpt_desc {
   size_t layers, heads, width, block, vocab;
@@ -17,9 +16,7 @@ typedef struct gpt {
   exf_ctx *ctx;
   exf_model *model;
   gpt_desc desc;
-  exf_tensor *wte, *wpe;       /* (V,C) (T,C) */
-  exf_block *blocks[GPT_MAX_LAYERS];
-  exf_norm_layer *norm;
+  tiny_gpt net;
 } gpt;
 
 /* 2 layers, 2 heads, width 16, block 8, vocabulary 11: the size of the golden runs. */
@@ -47,34 +44,26 @@ static TEST_UNUSED exf_fusion_desc gpt_fusion(exf_variant variant, size_t n) {
 /* A model in a context of its own. Returns 0 and prints the error when it fails. */
 static TEST_UNUSED int gpt_new(gpt *g, const gpt_desc *desc, exf_isa isa) {
   exf_desc ctx_desc;
-  exf_block_desc block;
-  char name[64];
-  size_t i;
+  tiny_desc d;
   memset(g, 0, sizeof *g);
   memset(&ctx_desc, 0, sizeof ctx_desc);
-  memset(&block, 0, sizeof block);
+  memset(&d, 0, sizeof d);
   ctx_desc.seed = 7;
   ctx_desc.n_threads = 2;
   ctx_desc.isa = isa;
+  d.layers = desc->layers;
+  d.heads = desc->heads;
+  d.width = desc->width;
+  d.block = desc->block;
+  d.vocab = desc->vocab;
+  d.bias = desc->bias;
+  d.init_std = 0.2;
+  d.act = desc->act;
+  d.fusion = desc->fusion;
   g->desc = *desc;
   g->ctx = exf_ctx_new(&ctx_desc);
-  g->model = exf_model_new(g->ctx);
-  g->wte = exf_embedding_new(g->model, "transformer.wte", desc->vocab, desc->width, 0.1);
-  g->wpe = exf_embedding_new(g->model, "transformer.wpe", desc->block, desc->width, 0.2);
-  exf_param_alias(g->model, "lm_head.weight", "transformer.wte.weight");
-  block.width = desc->width;
-  block.n_heads = desc->heads;
-  block.causal = 1;
-  block.bias = desc->bias;
-  block.init_std = 0.2;
-  block.ffn.act = desc->act;
-  block.ffn.fusion = desc->fusion;
-  for (i = 0; i < desc->layers; i++) {
-    snprintf(name, sizeof name, "transformer.h.%d", (int)i);
-    g->blocks[i] = exf_block_new(g->model, name, &block);
-  }
-  g->norm = exf_layernorm_new(g->model, "transformer.ln_f", desc->width, desc->bias,
-                              1e-5);
+  g->net = tiny_new(g->ctx, &d);
+  g->model = g->net.model;
   if (exf_ctx_status(g->ctx) != EXF_OK) printf("  error: %s\n", exf_error(g->ctx));
   return g->ctx != NULL && exf_ctx_status(g->ctx) == EXF_OK;
 }
@@ -86,15 +75,7 @@ static TEST_UNUSED void gpt_free(gpt *g) {
 
 /* ids (rows, block) -> logits (rows, block, V) */
 static TEST_UNUSED exf_tensor *gpt_logits(const gpt *g, const int32_t *ids, size_t rows) {
-  int32_t positions[GPT_MAX_BLOCK];
-  exf_tensor *x;
-  size_t i;
-  for (i = 0; i < g->desc.block; i++) positions[i] = (int32_t)i;
-  x = exf_add(g->ctx, exf_embedding(g->ctx, g->wte, ids, rows, g->desc.block),
-              exf_embedding(g->ctx, g->wpe, positions, g->desc.block, 0));
-  for (i = 0; i < g->desc.layers; i++) x = exf_block_forward(g->ctx, g->blocks[i], x);
-  x = exf_norm_forward(g->ctx, g->norm, x);
-  return exf_linear(g->ctx, x, g->wte, NULL);
+  return tiny_logits(g->ctx, &g->net, ids, rows, g->desc.block);
 }
 
 /* Adds the gradient of scale times the mean loss over tokens (rows, block + 1), where
