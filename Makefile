@@ -23,7 +23,8 @@ TESTS = $(patsubst tests/%.c,build/tests/%,$(wildcard tests/test_*.c))
 # behind them, include it. Some are built a second time with EXF_DOUBLE.
 LINKED = build/tests/test_core build/tests/test_exfusion build/tests/test_golden \
   build/tests/test_optim
-DOUBLES = build/tests/test_ops_double build/tests/test_optim_double
+DOUBLES = build/tests/test_ops_double build/tests/test_optim_double \
+  build/tests/test_golden_double
 SCRIPTS = $(wildcard tests/test_*.sh)
 HEADERS = exfusion.h $(wildcard tests/*.h)
 
@@ -77,6 +78,10 @@ build/tests/%.result: tests/%.sh $(EXAMPLES)
 quality: build/charlm
 	@sh tests/quality.sh "$(DATA)" $(JOBS)
 
+# Files exchanged with the reference safetensors package, where Python has it.
+interop: build/tests/test_safetensors
+	python3 tests/interop_safetensors.py build/tests/test_safetensors
+
 clean:
 	rm -rf build
 
@@ -89,8 +94,9 @@ help:
 	@echo 'make demo         train on the text of exfusion.h, merge, sample (a minute)'
 	@echo 'make test         all tests; the last line is: N passed, N failed'
 	@echo 'make quality DATA=FILE   the table of variants, seeds 1-3, two learning rates'
+	@echo 'make interop      files exchanged with the reference safetensors package'
 	@echo 'make install      exfusion.h to $$(DESTDIR)$$(PREFIX)/include'
 	@echo 'make clean        remove build/'
 	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS'
 
-.PHONY: all demo test quality clean install help
+.PHONY: all demo test quality interop clean install help

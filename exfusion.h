@@ -3143,7 +3143,7 @@ EXF_API void exf_step_begin(exf_ctx *ctx, uint64_t step) {
    that each piece receives. */
 typedef void exf__job(void *arg, size_t begin, size_t end, void *scratch);
 
-#define EXF__THREAD_WORK 400000.0
+#define EXF__THREAD_WORK 2e6
 
 static void exf__parallel(exf_ctx *ctx, size_t n, size_t grain, double work,
                           size_t bytes, exf__job *job, void *arg) {

@@ -250,13 +250,13 @@ head -c 4000 $dir/one/checkpoint.safetensors > $dir/broken/checkpoint.safetensor
 refused "truncated checkpoint" 1 "checkpoint" train --resume --out $dir/broken
 
 # ---- --quick, and the real text
-ok "--quick" "$charlm" train --quick --out $dir/quick --data $dir/text.txt --threads 2
+ok "--quick" "$charlm" train --quick --out $dir/quick --data $dir/text.txt --threads 1
 for f in model.safetensors checkpoint.safetensors run.json weights.csv log.csv summary.json
 do ok "--quick leaves $f" test -s $dir/quick/$f; done
 text=../shared/data/tinyshakespeare.txt
 if [ -f $text ]; then
   ok "tiny Shakespeare" "$charlm" train --data $text --out $dir/real --steps 100 --quiet \
-    --eval-every 0 --save-every 0 --lr 4e-3 --warmup 20
+    --eval-every 0 --save-every 0 --lr 4e-3 --warmup 20 --threads 1
   ok "it learns" awk "BEGIN { exit !($(field val_loss_merged $dir/real/summary.json) < 2.7) }"
   ok "0.80 M parameters" [ "$(field params_merged $dir/real/summary.json)" = 804096 ]
 else
