@@ -46,7 +46,8 @@ build/tests/exfusion.o: exfusion.h
 	@mkdir -p build/tests
 	printf '\043define EXFUSION_IMPLEMENTATION\n\043include "../../exfusion.h"\n' \
 	  > build/tests/exfusion.c
-	$(COMPILE) -c build/tests/exfusion.c -o $@
+	$(COMPILE) -c build/tests/exfusion.c -o $@ 2> build/tests/exfusion.warnings \
+	  || { cat build/tests/exfusion.warnings; exit 1; }
 
 $(LINKED): build/tests/%: tests/%.c build/tests/exfusion.o $(HEADERS)
 	@mkdir -p build/tests
@@ -70,7 +71,7 @@ test:
 build/tests/%.result: build/tests/%
 	@sh tests/run.sh one $<
 
-build/tests/%.result: tests/%.sh $(EXAMPLES)
+build/tests/%.result: tests/%.sh $(EXAMPLES) build/tests/exfusion.o
 	@CC="$(CC)" JOBS=1 sh tests/run.sh one $<
 
 # All variants x seeds 1-3 at two learning rates. Finished runs are kept in

@@ -2286,13 +2286,27 @@ EXF__INLINE EXF__V EXF__F(expm1)(EXF__V x) {
   return EXF__FMAV(s, EXF__FMAV(r * r, p, r), s - EXF__SET(1.0f));
 }
 
+/* -u - t d, exact: without a fused multiply-add the product is put together from halves
+   of 12 bits (Dekker), whose products are exact */
+EXF__INLINE EXF__V EXF__F(residual)(EXF__V t, EXF__V d, EXF__V u) {
+#if EXF__INSTANCE == 2
+  EXF__V p = t * d, c = EXF__SET(4097.0f) * t, th = c - (c - t), tl = t - th, dh, dl;
+  c = EXF__SET(4097.0f) * d;
+  dh = c - (c - d);
+  dl = d - dh;
+  return (-u - p) - (((th * dh - p) + th * dl + tl * dh) + tl * dl);
+#else
+  return EXF__FMAV(-t, d, -u);
+#endif
+}
+
 EXF__INLINE EXF__V EXF__F(tanh)(EXF__V x) {
   EXF__V u = EXF__SET(-2.0f) * EXF__MINV(EXF__SET(9.5f), EXF__F(abs)(x)), d, e, t;
   u = EXF__F(expm1)(u);
   d = u + EXF__SET(2.0f);
   e = u - (d - EXF__SET(2.0f));
   t = -u / d;
-  e = EXF__FMAV(-t, e, EXF__FMAV(-t, d, -u));
+  e = EXF__FMAV(-t, e, EXF__F(residual)(t, d, u));
   t = EXF__FMAV(e, EXF__FMAV(EXF__SET(0.5f), t, EXF__SET(0.5f)), t);
   return EXF__F(copysign)(t, x);
 }

@@ -68,7 +68,8 @@ static TEST_UNUSED int test_has(const char *message, const char *part, const cha
             #a " near " #b " within " #tol)
 #define CHECK_HAS(message, part) \
   test_has((message), (part), __FILE__, __LINE__, #message " contains " #part)
-#define CHECK_STR(a, b) test_check(strcmp((a), (b)) == 0, __FILE__, __LINE__, #a " is " #b)
+#define CHECK_STR(a, b) \
+  test_check(strcmp((a), (b)) == 0, __FILE__, __LINE__, #a " is " #b)
 
 /* The context's first error has this status and a message with this text; clears it. */
 #define CHECK_ERR(ctx, status, part) \

@@ -22,7 +22,7 @@ static exf_ctx *new_ctx(int threads, exf_isa isa) {
   return exf_ctx_new(&d);
 }
 
-/* ---- errors ------------------------------------------------------------------------ */
+/* ---- errors ---------------------------------------------------------------------- */
 
 TEST(first_error_is_kept) {
   exf_ctx *ctx = exf_ctx_new(NULL);
@@ -185,7 +185,7 @@ TEST(nan_loss_names_the_op) {
   exf_ctx_free(ctx);
 }
 
-/* ---- memory ------------------------------------------------------------------------ */
+/* ---- memory ---------------------------------------------------------------------- */
 
 typedef struct heap {
   long fail_at, n;           /* the n-th call returns NULL when n == fail_at */
@@ -310,7 +310,7 @@ TEST(nothing_is_allocated_after_the_second_step) {
   }
 }
 
-/* ---- determinism -------------------------------------------------------------------- */
+/* ---- determinism ----------------------------------------------------------------- */
 
 /* Large enough that its products, attention and updates are split over threads. */
 static tiny_desc big_desc(int variant) {
@@ -458,7 +458,7 @@ TEST(isa_that_is_missing_is_refused) {
   exf_ctx_free(ctx);
 }
 
-/* ---- random numbers ------------------------------------------------------------------ */
+/* ---- random numbers -------------------------------------------------------------- */
 
 TEST(random_numbers_have_their_moments) {
   double s = 0, q = 0, k = 0, u = 0, lo = 1, hi = 0;
@@ -484,7 +484,7 @@ TEST(random_numbers_have_their_moments) {
   CHECK(exf_rng_stream("a.weight") != exf_rng_stream("b.weight"));
 }
 
-/* ---- tape ----------------------------------------------------------------------------- */
+/* ---- tape ------------------------------------------------------------------------ */
 
 TEST(no_grad_scope_records_nothing) {
   exf_ctx *ctx = exf_ctx_new(NULL);
@@ -522,11 +522,12 @@ TEST(no_grad_scope_records_nothing) {
 TEST(detach_is_a_constant) {
   exf_ctx *ctx = exf_ctx_new(NULL);
   exf_real v[3] = {1, 2, 3};
-  exf_tensor *x = exf_grad_keep(ctx, exf_tensor_new(ctx, exf_shape1(3), v)), *h, *k;
+  exf_tensor *x = exf_grad_keep(ctx, exf_tensor_new(ctx, exf_shape1(3), v));
+  exf_tensor *h, *h2, *k;
   h = exf_scale(ctx, x, 2);
   k = exf_grad_keep(ctx, exf_square(ctx, h));
-  CHECK(exf_backward(ctx, exf_sum(ctx, exf_add(ctx, exf_mul(ctx, h, exf_detach(ctx, h)), k),
-                                  EXF_ALL_AXES, 0)) == EXF_OK);
+  h2 = exf_mul(ctx, h, exf_detach(ctx, h));
+  CHECK(exf_backward(ctx, exf_sum(ctx, exf_add(ctx, h2, k), EXF_ALL_AXES, 0)) == EXF_OK);
   if (CHECK(x != NULL && x->grad != NULL)) {
     /* d/dx of 2x [2x] + 4x^2 = 4x + 8x */
     CHECK(x->grad[0] == 12 && x->grad[1] == 24 && x->grad[2] == 36);
@@ -537,7 +538,7 @@ TEST(detach_is_a_constant) {
   exf_ctx_free(ctx);
 }
 
-/* ---- generation ------------------------------------------------------------------------ */
+/* ---- generation ------------------------------------------------------------------ */
 
 static void check_cache(size_t width, size_t heads, size_t T, size_t first, int variant) {
   exf_ctx *ctx = new_ctx(2, EXF_ISA_AUTO);
@@ -600,7 +601,7 @@ TEST(cached_generation_equals_the_full_forward) {
   check_cache(64, 4, 50, 33, 2);
 }
 
-/* ---- sharing ---------------------------------------------------------------------------- */
+/* ---- sharing --------------------------------------------------------------------- */
 
 typedef struct reader {
   const tiny_gpt *g;
@@ -660,7 +661,7 @@ TEST(merged_model_is_shared_by_contexts) {
   exf_ctx_free(ctx);
 }
 
-/* ---- resuming --------------------------------------------------------------------------- */
+/* ---- resuming -------------------------------------------------------------------- */
 
 #define CHECKPOINT TEST_TMP "/core.checkpoint"
 

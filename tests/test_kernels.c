@@ -1,6 +1,6 @@
-/* The kernels behind the ops: our own exp, tanh, erf and log against libm's in double, and
-   every fast kernel against its reference: bit for bit where the instruction set has fused
-   multiply-add, to rounding on SSE2. Outputs lie between guard words. */
+/* The kernels behind the ops: our own exp, tanh, erf and log against libm's in double,
+   and every fast kernel against its reference: bit for bit where the instruction set has
+   fused multiply-add, to rounding on SSE2. Outputs lie between guard words. */
 #define EXFUSION_IMPLEMENTATION
 #include "../exfusion.h"
 #include "test.h"
@@ -80,7 +80,7 @@ static void *scratch_of(size_t bytes, void **base) {
   return (void *)(((uintptr_t)*base + 63) & ~(uintptr_t)63);
 }
 
-/* ---- elementary functions ------------------------------------------------------------ */
+/* ---- elementary functions -------------------------------------------------------- */
 
 #ifndef EXF_DOUBLE
 static float float_of(uint32_t bits) {
@@ -181,7 +181,8 @@ TEST(double_helpers) {
     double b = 0.5 + u / 2;
     uint64_t n = i % 3000;
     if (x > 0)
-      worst_log = fmax(worst_log, fabs(exf__log_d(x) - log(x)) / fmax(1e-3, fabs(log(x))));
+      worst_log = fmax(worst_log,
+                       fabs(exf__log_d(x) - log(x)) / fmax(1e-3, fabs(log(x))));
     worst_cos = fmax(worst_cos, fabs(exf__cospi_d(c)
                      - cos(3.14159265358979323846 * fmod(fabs(c), 2))));
     if (pow(b, (double)n) > 1e-290)
@@ -195,7 +196,7 @@ TEST(double_helpers) {
   CHECK(exf__pow_d(0.3, 0) == 1 && exf__pow_d(0.3, 1) == 0.3);
 }
 
-/* ---- random numbers ------------------------------------------------------------------ */
+/* ---- random numbers -------------------------------------------------------------- */
 
 TEST(philox_known_answers) {
   /* The published vectors for counter 0 and key 0, and for all bits set. */
@@ -208,7 +209,7 @@ TEST(philox_known_answers) {
   exf__philox(~(uint64_t)0, ~(uint32_t)0, ~(uint32_t)0, ~(uint64_t)0, out);
   for (i = 0; i < 4; i++) CHECK(out[i] == ones[i]);
 }
-/* ---- gemm ---------------------------------------------------------------------------- */
+/* ---- gemm ------------------------------------------------------------------------ */
 
 static void gemm_case(size_t m, size_t n, size_t k, int f) {
   int ta = f & 1, tb = (f >> 1) & 1, acc = (f >> 2) & 1, bias = (f >> 3) & 1;
@@ -255,7 +256,7 @@ TEST(gemm_of_training_shapes) {
   gemm_case(192, 65, 128, 2);       /* head */
 }
 
-/* ---- rows ---------------------------------------------------------------------------- */
+/* ---- rows ------------------------------------------------------------------------ */
 
 static const size_t lengths[] = {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 47, 64, 100,
                                  128, 129, 255, 1000, 1024, 1025, 3001};
@@ -397,7 +398,7 @@ TEST(cross_entropy_equals_reference) {
     }
 }
 
-/* ---- attention ----------------------------------------------------------------------- */
+/* ---- attention ------------------------------------------------------------------- */
 
 static void attention_case(size_t tq, size_t tk, size_t d, int causal) {
   size_t qs = 3 * d + 1, vs = 2 * d + 3, os = d + 2, i, bad = 0;
@@ -456,7 +457,7 @@ TEST(attention_equals_reference) {
       }
 }
 
-/* ---- experts and updates --------------------------------------------------------------- */
+/* ---- experts and updates --------------------------------------------------------- */
 
 TEST(expert_kernels_equal_reference) {
   size_t l, n;

@@ -365,7 +365,7 @@ TEST(schedules_by_formula) {
   }
 }
 
-/* ---- models ------------------------------------------------------------------------ */
+/* ---- models ---------------------------------------------------------------------- */
 
 TEST(average_of_the_fused_parameters) {
   exf_ctx *ctx = exf_ctx_new(NULL);
@@ -383,7 +383,8 @@ TEST(average_of_the_fused_parameters) {
   plain.fusion = tiny_variant(0, 0);
   dense = tiny_new(ctx, &plain);
   optim = tiny_adamw(g.model);
-  e = exf_param_tensor(exf_model_find(g.model, "transformer.h.1.mlp.experts.c_fc.weight"));
+  e = exf_param_tensor(exf_model_find(g.model,
+                                      "transformer.h.1.mlp.experts.c_fc.weight"));
   a = exf_param_tensor(exf_model_find(g.model, "transformer.h.1.mlp.fusion.weight"));
   w = g.wte;
   if (!CHECK(e != NULL && a != NULL && e->size == 3 * n && w->size == 11 * 16)) return;
