@@ -977,7 +977,7 @@ EXF_API const char *exf_st_meta(const exf_st *st, const char *key);  /* or NULL 
 /* Converts F32, F64, F16, BF16 to exf_real; n must be the element count. */
 EXF_API exf_status exf_st_read(exf_ctx *ctx, const exf_st_entry *entry, exf_real *out,
                                size_t n);
-typedef struct exf_st_item {      /* one F32 tensor to be written */
+typedef struct exf_st_item {      /* one tensor to be written: F32, in EXF_DOUBLE F64 */
   const char *name;
   exf_shape shape;
   const exf_real *data;           /* (shape) */
@@ -3004,7 +3004,7 @@ static void *exf__calloc_n(exf_ctx *ctx, size_t n, size_t size) {
 static void *exf__arena(exf_ctx *ctx, size_t n, size_t size) {
   size_t bytes, want;
   exf__chunk *c;
-  if (ctx->status != EXF_OK) return NULL;
+  if (!ctx || ctx->status != EXF_OK) return NULL;
   if (!exf__mul_size(n, size, &bytes) || bytes > SIZE_MAX - 2 * EXF__ALIGN) {
     exf_fail(ctx, EXF_SIZE, "memory: %zu x %zu bytes do not fit into size_t", n, size);
     return NULL;
@@ -3129,24 +3129,25 @@ EXF_API int exf_threads_get(const exf_ctx *ctx) { return ctx->n_threads; }
 EXF_API uint64_t exf_seed_get(const exf_ctx *ctx) { return ctx->desc.seed; }
 
 EXF_API int exf_training_set(exf_ctx *ctx, int on) {
-  int was = ctx->training;
-  ctx->training = on != 0;
+  int was = ctx && ctx->training;
+  if (ctx) ctx->training = on != 0;
   return was;
 }
 
 EXF_API int exf_grad_set(exf_ctx *ctx, int on) {
-  int was = ctx->grad_on;
-  ctx->grad_on = on != 0;
+  int was = ctx && ctx->grad_on;
+  if (ctx) ctx->grad_on = on != 0;
   return was;
 }
 
 EXF_API int exf_routing_set(exf_ctx *ctx, int on) {
-  int was = ctx->routing;
-  ctx->routing = on != 0;
+  int was = ctx && ctx->routing;
+  if (ctx) ctx->routing = on != 0;
   return was;
 }
 
 EXF_API void exf_step_begin(exf_ctx *ctx, uint64_t step) {
+  if (!ctx) return;
   ctx->step = (uint32_t)step;
   ctx->n_dropouts = 0;
 }
@@ -4857,13 +4858,15 @@ EXF_API exf_status exf_backward(exf_ctx *ctx, exf_tensor *loss) {
   exf__node *n;
   exf_real *seed;
   int acc;
-  if (ctx->status != EXF_OK) return ctx->status;
+  if (!ctx || ctx->status != EXF_OK) return exf_ctx_status(ctx);
   if (!loss || loss->size != 1)
     return exf_fail(ctx, EXF_SHAPE, "backward: the loss must be a scalar, not %s",
                     loss ? exf__show(&loss->shape).s : "NULL");
   if (!(loss->flags & EXF__NEEDS))
     return exf_fail(ctx, EXF_STATE, "backward: the loss depends on no parameter, or was "
                     "made in a no-grad scope");
+  if (loss->node && !ctx->tape)
+    return exf_fail(ctx, EXF_STATE, "backward: the tape is used up: one call per graph");
   if (!exf__finite(loss->data, 1)) {
     exf__blame(ctx, loss);
     return ctx->status;
@@ -6437,9 +6440,9 @@ EXF_API exf_status exf_optim_step(exf_optim *o, double lr, double *norm) {
   for (i = 0; i < m->n_params; i++) {
     exf_param *p = m->params[i];
     if (!p->has_grad) continue;
-    if (exf__optim_moments(&o->desc) > 0 && !p->m)
-      return exf_fail(ctx, EXF_STATE, "optim: '%s' has no moments: make the optimizer "
-                      "anew after upcycling or merging", p->name);
+    if (p->weight_decay < 0 || (exf__optim_moments(&o->desc) > 0 && !p->m))
+      return exf_fail(ctx, EXF_STATE, "optim: '%s' is newer than the optimizer: make the "
+                      "optimizer anew after upcycling or merging", p->name);
     part = exf__grad_square(o, p);
     if (!bad && !(part - part == 0)) bad = p;
     square += part;
@@ -8437,3 +8440,53 @@ EXF_API exf_status exf_checkpoint_load(exf_model *model, exf_optim *optim,
 #endif /* EXF__INSTANCE */
 #endif /* EXF__IMPLEMENTED */
 #endif /* EXFUSION_IMPLEMENTATION */
+
+/* ==== D. LICENCE AND RELEASES ==============================================
+
+   exfusion.h and everything beside it is available under two licences: choose whichever
+   you prefer.
+
+   ------------------------------------------------------------------------------
+   ALTERNATIVE A - MIT No Attribution (MIT-0)
+
+   Copyright (c) the exfusion.h authors
+
+   Permission is hereby granted, free of charge, to any person obtaining a copy of this
+   software and associated documentation files (the "Software"), to deal in the Software
+   without restriction, including without limitation the rights to use, copy, modify,
+   merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+   permit persons to whom the Software is furnished to do so.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED,
+   INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A
+   PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT
+   HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
+   CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR
+   THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+
+   ------------------------------------------------------------------------------
+   ALTERNATIVE B - Public Domain (www.unlicense.org)
+
+   This is free and unencumbered software released into the public domain.
+
+   Anyone is free to copy, modify, publish, use, compile, sell, or distribute this
+   software, either in source code form or as a compiled binary, for any purpose,
+   commercial or non-commercial, and by any means.
+
+   In jurisdictions that recognize copyright laws, the author or authors of this
+   software dedicate any and all copyright interest in the software to the public
+   domain. We make this dedication for the benefit of the public at large and to the
+   detriment of our heirs and successors. We intend this dedication to be an overt act of
+   relinquishment in perpetuity of all present and future rights to this software under
+   copyright law.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED,
+   INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A
+   PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS BE LIABLE FOR ANY
+   CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
+   ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN
+   THE SOFTWARE.
+
+   For more information, please refer to <https://unlicense.org>
+
+   0.1.0  2026-11  tensors, tape, modules, ExFusion FFNs, optimizers, safetensors */
