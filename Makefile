@@ -68,6 +68,9 @@ test:
 	@$(MAKE) -s -k -j$(JOBS) $(NAMES:%=build/tests/%.result) || true
 	@sh tests/run.sh sum $(NAMES)
 
+# The programs are kept, to be run by hand.
+.SECONDARY:
+
 build/tests/%.result: build/tests/%
 	@sh tests/run.sh one $<
 
