@@ -650,6 +650,8 @@ EXF_API exf_tensor *exf_embedding(exf_ctx *ctx, exf_tensor *table, const int32_t
                                   size_t n0, size_t n1);
 /* Training mode: zero with probability p, else x / (1 - p). Evaluation: x itself. */
 EXF_API exf_tensor *exf_dropout(exf_ctx *ctx, exf_tensor *x, double p);
+/* The same for whole samples, the first axis (stochastic depth, Huang et al. 2016). */
+EXF_API exf_tensor *exf_drop_path(exf_ctx *ctx, exf_tensor *x, double p);
 
 EXF_API exf_tensor *exf_reshape(exf_ctx *ctx, exf_tensor *x, exf_shape s); /* a view */
 EXF_API exf_tensor *exf_permute(exf_ctx *ctx, exf_tensor *x, const int *axes);
@@ -858,6 +860,7 @@ typedef struct exf_block_desc {
   int causal, bias;
   double eps;            /* LayerNorm; 0: 1e-5 */
   double dropout;        /* after attention's and the FFN's projection */
+  double drop_path;      /* of both residual branches, per sample */
   double init_std;       /* 0: 0.02 */
   double init_std_out;   /* residual projections; 0: init_std */
   exf_names names;       /* ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj, or
@@ -868,7 +871,7 @@ typedef struct exf_block {
   exf_norm_layer *norm1, *norm2;
   exf_attn_layer *attn;
   exf_ffn *ffn;
-  double dropout;
+  double dropout, drop_path;
 } exf_block;
 EXF_API exf_attn_layer *exf_attn_new(exf_model *model, const char *qkv_name,
                                      const char *proj_name, size_t width,
@@ -5012,6 +5015,18 @@ EXF_API exf_tensor *exf_dropout(exf_ctx *ctx, exf_tensor *x, double p) {
   return exf__run1(ctx, EXF__OP_DROPOUT, x, p);
 }
 
+/* x times a dropped-out column of ones (B,1,..,1) */
+EXF_API exf_tensor *exf_drop_path(exf_ctx *ctx, exf_tensor *x, double p) {
+  exf_tensor *ones;
+  exf_shape s = exf_shape0();
+  int i;
+  if (!x || (p == 0 || !ctx->training)) return x;
+  for (s.n = x->shape.n, i = 0; i < s.n; i++) s.dim[i] = i ? 1 : x->shape.dim[0];
+  ones = exf_tensor_new(ctx, s, NULL);
+  for (i = 0; ones && (size_t)i < ones->size; i++) ones->data[i] = 1;
+  return exf_mul(ctx, x, exf_dropout(ctx, ones, p));
+}
+
 EXF_API exf_tensor *exf_reshape(exf_ctx *ctx, exf_tensor *x, exf_shape s) {
   exf__args a;
   memset(&a, 0, sizeof a);
@@ -6094,6 +6109,7 @@ EXF_API exf_block *exf_block_new(exf_model *model, const char *name,
   double std_out = desc->init_std_out != 0 ? desc->init_std_out : std;
   if (!b) return NULL;
   b->dropout = desc->dropout;
+  b->drop_path = desc->drop_path;
   if (!exf__join(model->ctx, full, name, part[0])) return NULL;
   b->norm1 = exf_layernorm_new(model, full, desc->width, desc->bias, eps);
   if (!exf__join(model->ctx, full, name, part[1])
@@ -6114,13 +6130,20 @@ EXF_API exf_block *exf_block_new(exf_model *model, const char *name,
   return b->ffn && model->ctx->status == EXF_OK ? b : NULL;
 }
 
+/* x + drop_path(dropout(y)) */
+static exf_tensor *exf__residual(exf_ctx *ctx, const exf_block *b, exf_tensor *x,
+                                 exf_tensor *y) {
+  y = exf_dropout(ctx, y, b->dropout);
+  return exf_add(ctx, x, exf_drop_path(ctx, y, b->drop_path));
+}
+
 EXF_API exf_tensor *exf_block_forward(exf_ctx *ctx, const exf_block *b, exf_tensor *x) {
   exf_tensor *y;
   if (!b) return NULL;
   y = exf_attn_forward(ctx, b->attn, exf_norm_forward(ctx, b->norm1, x));
-  x = exf_add(ctx, x, exf_dropout(ctx, y, b->dropout));
+  x = exf__residual(ctx, b, x, y);
   y = exf_ffn_forward(ctx, b->ffn, exf_norm_forward(ctx, b->norm2, x));
-  return exf_add(ctx, x, exf_dropout(ctx, y, b->dropout));
+  return exf__residual(ctx, b, x, y);
 }
 
 struct exf_kv {
