@@ -671,7 +671,7 @@ EXF_API exf_tensor *exf_cross_entropy(exf_ctx *ctx, exf_tensor *logits,
                                       const int32_t *labels, double label_smoothing);
 /* Multi-head self-attention. qkv (B,T,3C) = [Q | K | V], head h = columns
    h C/H .. (h+1) C/H - 1 of each -> softmax(Q K^T / sqrt(C/H)) V, heads side by side
-   (B,T,C). causal: position t sees 0..t. Keeps one number per row for backward, never a
+   (B,T,C). causal: position t sees 0..t. Keeps two numbers per row for backward, never a
    (T,T) matrix. */
 EXF_API exf_tensor *exf_attention(exf_ctx *ctx, exf_tensor *qkv, size_t n_heads,
                                   int causal);
@@ -1098,8 +1098,9 @@ extern "C" {
 /* Long sums (norms, dots) are made of lane sums over blocks of this length, added up in
    double. */
 #define EXF__SUM_BLOCK 1024
-/* Attention works on this many queries at a time. */
-#define EXF__ATT_ROWS 32
+/* Attention works on this many queries at a time: whole vectors, on every instruction
+   set. */
+#define EXF__ATT 32
 
 /* Checked sizes: 0 when the result does not fit. Nothing else sizes an allocation. */
 static int exf__mul_size(size_t a, size_t b, size_t *out) {
@@ -1143,15 +1144,25 @@ typedef void exf__gemm_fn(size_t m, size_t n, size_t k, const exf_real *a, size_
                           size_t a_col, const exf_real *b, size_t b_row, size_t b_col,
                           exf_real *c, size_t c_row, int acc, const exf_real *bias,
                           void *scratch);
-/* Scores s (rows, ld) of one query block: row i keeps its first len0 + i grow entries
-   (the others become 0): s = softmax(scale s); lse (rows) may be NULL. */
-typedef void exf__att_rows_fn(size_t rows, size_t ld, size_t len0, size_t grow,
-                              exf_real scale, exf_real *s, exf_real *lse);
-/* s: scores -> P; dp: dP -> dS = scale P (dP - <dout, out>), row by row (width d). */
-typedef void exf__att_rows_grad_fn(size_t rows, size_t ld, size_t len0, size_t grow,
-                                   size_t d, exf_real scale, const exf_real *out,
-                                   const exf_real *dout, size_t out_stride,
-                                   const exf_real *lse, exf_real *s, exf_real *dp);
+/* Attention takes EXF__ATT queries at a time and keeps their scores transposed,
+   s (nk, EXF__ATT): a column is a query, so that its softmax needs no sum across a vector.
+   Query i sees the first len + i causal keys. In: s = K Q^T. Out: s = exp(scale s - m), 0
+   where unseen; m (rows) the maxima, inv (rows) 1 / sum (0 when nothing is finite). */
+typedef void exf__att_softmax_fn(size_t nk, size_t rows, size_t len, int causal,
+                                 exf_real scale, exf_real *s, exf_real *m,
+                                 exf_real *inv);
+/* In: s = K Q^T, dp = V dO^T, D (rows) = <dout, out> by query.
+   Out: s = P = exp(scale s - m) inv, dp = dS = scale P (dP - D). */
+typedef void exf__att_softmax_grad_fn(size_t nk, size_t rows, size_t len, int causal,
+                                      exf_real scale, const exf_real *m,
+                                      const exf_real *inv, const exf_real *D,
+                                      exf_real *s, exf_real *dp);
+
+/* y = s x, with acc y += s x; y may be x */
+typedef void exf__axpy_fn(size_t n, exf_real s, const exf_real *x, exf_real *y, int acc);
+/* out (n_experts) += <g, e_i>, e_i at e + i stride */
+typedef void exf__dots_fn(size_t n_experts, size_t size, size_t stride,
+                          const exf_real *g, const exf_real *e, double *out);
 
 typedef struct exf__kernels {
   exf_isa isa;
@@ -1162,7 +1173,7 @@ typedef struct exf__kernels {
                      exf_real *dx, int acc);
   void (*add)(size_t n, const exf_real *a, const exf_real *b, exf_real *y);
   void (*mul)(size_t n, const exf_real *a, const exf_real *b, exf_real *y, int acc);
-  void (*axpy)(size_t n, exf_real s, const exf_real *x, exf_real *y, int acc);
+  exf__axpy_fn *axpy;
   void (*col_sum)(size_t rows, size_t n, size_t row_stride, const exf_real *x,
                   exf_real *y, int acc);
   void (*layernorm)(size_t rows, size_t n, const exf_real *x, const exf_real *w,
@@ -1189,16 +1200,15 @@ typedef struct exf__kernels {
   void (*attention)(size_t tq, size_t tk, size_t d, const exf_real *q, size_t q_stride,
                     const exf_real *k, const exf_real *v, size_t kv_stride,
                     exf_real scale, int causal, exf_real *out, size_t out_stride,
-                    exf_real *lse, void *scratch);
+                    exf_real *stat, void *scratch);
   void (*attention_grad)(size_t t, size_t d, const exf_real *q, const exf_real *k,
                          const exf_real *v, size_t stride, exf_real scale, int causal,
                          const exf_real *out, const exf_real *dout, size_t out_stride,
-                         const exf_real *lse, exf_real *dq, exf_real *dk, exf_real *dv,
+                         const exf_real *stat, exf_real *dq, exf_real *dk, exf_real *dv,
                          size_t d_stride, int acc, void *scratch);
   void (*fuse)(size_t n_experts, size_t size, size_t stride, const exf_real *a,
                const exf_real *e, exf_real *out);
-  void (*dots)(size_t n_experts, size_t size, size_t stride, const exf_real *g,
-               const exf_real *e, double *out);
+  exf__dots_fn *dots;
   double (*sumsq)(size_t n, const exf_real *x);
   void (*adamw)(size_t n_experts, size_t size, size_t stride, exf_real *p,
                 const exf_real *g, exf_real *m, exf_real *v, const exf__adamw_args *args,
@@ -1650,124 +1660,137 @@ static void exf__cross_entropy_grad_ref(size_t rows, size_t n, const exf_real *x
     }
 }
 
-static void exf__att_rows_ref(size_t rows, size_t ld, size_t len0, size_t grow,
-                              exf_real scale, exf_real *s, exf_real *lse) {
+static void exf__att_softmax_ref(size_t nk, size_t rows, size_t len, int causal,
+                                 exf_real scale, exf_real *s, exf_real *m,
+                                 exf_real *inv) {
   size_t i, j;
-  for (i = 0; i < rows; i++, s += ld, len0 += grow) {
-    exf_real m, sum;
-    for (j = 0; j < len0; j++) s[j] *= scale;
-    m = exf__ref_max(len0, s);
-    sum = exf__ref_exp_sum(len0, s, m, s);
-    if (lse) lse[i] = m + exf__log(sum);
-    sum = sum == 0 ? 0 : 1 / sum;
-    for (j = 0; j < len0; j++) s[j] *= sum;
-    for (; j < ld; j++) s[j] = 0;
-  }
-}
-
-static void exf__att_rows_grad_ref(size_t rows, size_t ld, size_t len0, size_t grow,
-                                   size_t d, exf_real scale, const exf_real *out,
-                                   const exf_real *dout, size_t out_stride,
-                                   const exf_real *lse, exf_real *s, exf_real *dp) {
-  size_t i, j;
-  for (i = 0; i < rows; i++, s += ld, dp += ld, len0 += grow) {
-    exf_real D = exf__ref_dot(d, dout + i * out_stride, out + i * out_stride);
-    exf_real z = lse[i] == EXF__R(-HUGE_VAL) ? 0 : lse[i];
-    for (j = 0; j < len0; j++) {
-      s[j] = exf__exp(scale * s[j] - z);
-      dp[j] = scale * (s[j] * (dp[j] - D));
+  for (i = 0; i < rows; i++, s++) {
+    exf_real top = EXF__R(-HUGE_VAL), sum = 0;
+    size_t seen = causal ? len + i : nk;
+    for (j = 0; j < nk; j++) {
+      exf_real x = s[j * EXF__ATT] * scale;
+      s[j * EXF__ATT] = x = j < seen ? x : EXF__R(-HUGE_VAL);
+      top = x > top ? x : top;
     }
-    for (; j < ld; j++) s[j] = dp[j] = 0;
+    if (top == EXF__R(-HUGE_VAL)) top = 0;
+    for (j = 0; j < nk; j++) sum += s[j * EXF__ATT] = exf__exp(s[j * EXF__ATT] - top);
+    m[i] = top;
+    inv[i] = sum == 0 ? 0 : 1 / sum;
   }
 }
 
-/* Attention is made of the two row functions and of matrix products, in blocks of
-   EXF__ATT_ROWS queries over the keys the block can see. Scratch: that of gemm, then one
-   or two score blocks. */
-static size_t exf__att_ld(size_t tk) { return (tk + 15) / 16 * 16; }
+static void exf__att_softmax_grad_ref(size_t nk, size_t rows, size_t len, int causal,
+                                      exf_real scale, const exf_real *m,
+                                      const exf_real *inv, const exf_real *D,
+                                      exf_real *s, exf_real *dp) {
+  size_t i, j, at;
+  for (j = 0; j < nk; j++)
+    for (i = 0; i < rows; i++) {
+      at = j * EXF__ATT + i;
+      s[at] = causal && j >= len + i ? 0 : exf__exp(scale * s[at] - m[i]) * inv[i];
+      dp[at] = scale * (s[at] * (dp[at] - D[i]));
+    }
+}
 
-static size_t exf__attention_scratch(const exf__kernels *k, size_t t, size_t d) {
+/* Attention is made of these and of matrix products. Scratch: that of gemm, then one or
+   two blocks of scores and D. */
+static size_t exf__attention_scratch(const exf__kernels *k, size_t t) {
   size_t bytes;
-  (void)d;
-  if (!exf__add_size(t, 15, &bytes) ||
-      !exf__mul_size(bytes, 2 * EXF__ATT_ROWS * sizeof(exf_real), &bytes) ||
+  if (!exf__add_size(t, 1, &bytes) ||
+      !exf__mul_size(bytes, 2 * EXF__ATT * sizeof(exf_real), &bytes) ||
       !exf__add_size(bytes, k->scratch, &bytes))
     return 0;
   return bytes;
 }
 
-static void exf__attention(exf__gemm_fn *gemm, exf__att_rows_fn *att_rows,
-                           size_t gemm_scratch, size_t tq, size_t tk, size_t d,
+/* stat (2,tq): the rows m and inv of all queries */
+static void exf__attention(exf__gemm_fn *gemm, exf__att_softmax_fn *softmax,
+                           exf__axpy_fn *axpy, size_t gemm_scratch, size_t tq, size_t tk, size_t d,
                            const exf_real *q, size_t q_stride, const exf_real *k,
                            const exf_real *v, size_t kv_stride, exf_real scale,
-                           int causal, exf_real *out, size_t out_stride, exf_real *lse,
+                           int causal, exf_real *out, size_t out_stride, exf_real *stat,
                            void *scratch) {
   exf_real *s = (exf_real *)(void *)((unsigned char *)scratch + gemm_scratch);
-  size_t i, rows, len, nk, ld;
+  exf_real here[2 * EXF__ATT], *m = here, *inv = here + EXF__ATT;
+  size_t i, r, rows, len, nk;
   for (i = 0; i < tq; i += rows) {
-    rows = EXF__MIN((size_t)EXF__ATT_ROWS, tq - i);
-    len = causal ? tk - tq + i + 1 : tk;        /* keys of the first row */
-    nk = causal ? len + rows - 1 : tk;          /* of the last */
-    ld = exf__att_ld(nk);
-    gemm(rows, nk, d, q + i * q_stride, q_stride, 1, k, 1, kv_stride, s, ld, 0, NULL,
-         scratch);
-    att_rows(rows, ld, len, causal ? 1 : 0, scale, s, lse ? lse + i : NULL);
-    gemm(rows, d, nk, s, ld, 1, v, kv_stride, 1, out + i * out_stride, out_stride, 0,
+    rows = EXF__MIN((size_t)EXF__ATT, tq - i);
+    len = tk - tq + i + 1;                    /* keys of the first row, when causal */
+    nk = causal ? len + rows - 1 : tk;
+    if (stat) {
+      m = stat + i;
+      inv = m + tq;
+    }
+    gemm(nk, rows, d, k, kv_stride, 1, q + i * q_stride, 1, q_stride, s, EXF__ATT, 0,
          NULL, scratch);
+    softmax(nk, rows, len, causal, scale, s, m, inv);
+    gemm(rows, d, nk, s, 1, EXF__ATT, v, kv_stride, 1, out + i * out_stride, out_stride,
+         0, NULL, scratch);
+    for (r = 0; r < rows; r++) {
+      exf_real *row = out + (i + r) * out_stride;
+      axpy(d, inv[r], row, row, 0);
+    }
   }
 }
 
-static void exf__attention_grad(exf__gemm_fn *gemm, exf__att_rows_grad_fn *att_rows_grad,
-                                size_t gemm_scratch, size_t t, size_t d,
-                                const exf_real *q, const exf_real *k, const exf_real *v,
-                                size_t stride, exf_real scale, int causal,
+/* From the last block of queries, which sees all keys, to the first, so that it may
+   overwrite dk and dv, to which the others add. */
+static void exf__attention_grad(exf__gemm_fn *gemm,
+                                exf__att_softmax_grad_fn *softmax_grad,
+                                exf__dots_fn *dots, size_t gemm_scratch, size_t t,
+                                size_t d, const exf_real *q, const exf_real *k,
+                                const exf_real *v, size_t stride, exf_real scale, int causal,
                                 const exf_real *out, const exf_real *dout,
-                                size_t out_stride, const exf_real *lse, exf_real *dq,
+                                size_t out_stride, const exf_real *stat, exf_real *dq,
                                 exf_real *dk, exf_real *dv, size_t d_stride, int acc,
                                 void *scratch) {
-  exf_real *s = (exf_real *)(void *)((unsigned char *)scratch + gemm_scratch);
-  exf_real *dp = s + EXF__ATT_ROWS * exf__att_ld(t);
-  size_t i, rows, nk, ld;
-  if (!acc)
-    for (i = 0; i < t; i++) {
-      memset(dk + i * d_stride, 0, d * sizeof *dk);
-      memset(dv + i * d_stride, 0, d * sizeof *dv);
-    }
-  for (i = 0; i < t; i += rows) {
-    const exf_real *qi = q + i * stride, *doi = dout + i * out_stride;
-    rows = EXF__MIN((size_t)EXF__ATT_ROWS, t - i);
+  exf_real *D = (exf_real *)(void *)((unsigned char *)scratch + gemm_scratch);
+  exf_real *s = D + EXF__ATT, *dp = s + EXF__ATT * t;
+  size_t i = (t + EXF__ATT - 1) / EXF__ATT * EXF__ATT, r, rows, nk;
+  while (i) {
+    const exf_real *qi, *doi;
+    int acc_kv = acc || i < t;
+    i -= EXF__ATT;
+    qi = q + i * stride;
+    doi = dout + i * out_stride;
+    rows = EXF__MIN((size_t)EXF__ATT, t - i);
     nk = causal ? i + rows : t;
-    ld = exf__att_ld(nk);
-    gemm(rows, nk, d, qi, stride, 1, k, 1, stride, s, ld, 0, NULL, scratch);
-    gemm(rows, nk, d, doi, out_stride, 1, v, 1, stride, dp, ld, 0, NULL, scratch);
-    att_rows_grad(rows, ld, causal ? i + 1 : t, causal ? 1 : 0, d, scale,
-                  out + i * out_stride, doi, out_stride, lse + i, s, dp);
-    gemm(rows, d, nk, dp, ld, 1, k, stride, 1, dq + i * d_stride, d_stride, acc, NULL,
+    gemm(nk, rows, d, k, stride, 1, qi, 1, stride, s, EXF__ATT, 0, NULL, scratch);
+    gemm(nk, rows, d, v, stride, 1, doi, 1, out_stride, dp, EXF__ATT, 0, NULL, scratch);
+    for (r = 0; r < rows; r++) {
+      double sum = 0;
+      dots(1, d, 0, doi + r * out_stride, out + (i + r) * out_stride, &sum);
+      D[r] = EXF__R(sum);
+    }
+    softmax_grad(nk, rows, i + 1, causal, scale, stat + i, stat + t + i, D, s, dp);
+    gemm(rows, d, nk, dp, 1, EXF__ATT, k, stride, 1, dq + i * d_stride, d_stride, acc,
+         NULL, scratch);
+    gemm(nk, d, rows, dp, EXF__ATT, 1, qi, stride, 1, dk, d_stride, acc_kv, NULL,
          scratch);
-    gemm(nk, d, rows, dp, 1, ld, qi, stride, 1, dk, d_stride, 1, NULL, scratch);
-    gemm(nk, d, rows, s, 1, ld, doi, out_stride, 1, dv, d_stride, 1, NULL, scratch);
+    gemm(nk, d, rows, s, EXF__ATT, 1, doi, out_stride, 1, dv, d_stride, acc_kv, NULL,
+         scratch);
   }
 }
 
 /* The table entries of one instruction set. */
 #define EXF__ATTENTION(isa, bytes)                                                      \
-  static void exf__attention_##isa(                                              \
+  static void exf__attention_##isa(                                                     \
       size_t tq, size_t tk, size_t d, const exf_real *q, size_t q_stride,               \
       const exf_real *k, const exf_real *v, size_t kv_stride, exf_real scale,           \
-      int causal, exf_real *out, size_t out_stride, exf_real *lse, void *scratch) {     \
-    exf__attention(exf__gemm_##isa, exf__att_rows_##isa, bytes, tq, tk, d, q, q_stride, \
-                   k, v, kv_stride, scale, causal, out, out_stride, lse, scratch);      \
+      int causal, exf_real *out, size_t out_stride, exf_real *stat, void *scratch) {    \
+    exf__attention(exf__gemm_##isa, exf__att_softmax_##isa, exf__axpy_##isa, bytes, tq, \
+                   tk, d, q, q_stride, k, v, kv_stride, scale, causal, out, out_stride, \
+                   stat, scratch);                                                      \
   }                                                                                     \
   static void exf__attention_grad_##isa(                                                \
       size_t t, size_t d, const exf_real *q, const exf_real *k, const exf_real *v,      \
       size_t stride, exf_real scale, int causal, const exf_real *out,                   \
-      const exf_real *dout, size_t out_stride, const exf_real *lse, exf_real *dq,       \
+      const exf_real *dout, size_t out_stride, const exf_real *stat, exf_real *dq,      \
       exf_real *dk, exf_real *dv, size_t d_stride, int acc, void *scratch) {            \
-    exf__attention_grad(exf__gemm_##isa, exf__att_rows_grad_##isa, bytes, t, d, q, k, v, \
-                        stride, scale, causal, out, dout, out_stride, lse, dq, dk, dv,  \
-                        d_stride, acc, scratch);                                        \
+    exf__attention_grad(exf__gemm_##isa, exf__att_softmax_grad_##isa, exf__dots_##isa,  \
+                        bytes, t, d, q, k, v, stride, scale, causal, out, dout,         \
+                        out_stride, stat, dq, dk, dv, d_stride, acc, scratch);          \
   }
-EXF__ATTENTION(ref, 0)
 
 /* out = sum_i a_i e_i, i ascending */
 static void exf__fuse_ref(size_t n_experts, size_t size, size_t stride,
@@ -1813,6 +1836,8 @@ static void exf__adamw_ref(size_t n_experts, size_t size, size_t stride, exf_rea
                args->step * m[k] / (EXF__SQRT(v[k]) * args->inv_sqrt_bias2 + args->eps);
       }
 }
+
+EXF__ATTENTION(ref, 0)
 
 #define EXF__TABLE(ISA, isa, bytes)                                                     \
   {                                                                                     \
@@ -1911,6 +1936,7 @@ static const exf__kernels exf__kernels_ref = EXF__TABLE(REF, ref, 0);
 #define EXF__INLINE EXF__TARGET static inline __attribute__((always_inline))
 #define EXF__NV (EXF__LANES / EXF__W)  /* vectors that make up the 16 lanes */
 #define EXF__NR (2 * EXF__W)           /* columns of a tile */
+#define EXF__SPILL ((EXF__MR + EXF__W - 1) / EXF__W * EXF__W) /* EXF__MR, whole vectors */
 #define EXF__VI EXF__F(vi)
 #define EXF__VU EXF__F(vu)
 typedef int32_t EXF__VI __attribute__((vector_size(EXF__W * 4)));
@@ -1924,9 +1950,6 @@ EXF__INLINE EXF__V EXF__F(load_n)(const float *p, size_t n, float fill) {
 }
 EXF__INLINE void EXF__F(store_n)(float *p, size_t n, EXF__V v) {
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1u), v);
-}
-EXF__INLINE EXF__V EXF__F(keep_n)(EXF__V v, size_t n) {
-  return _mm512_maskz_mov_ps((__mmask16)((1u << n) - 1u), v);
 }
 EXF__INLINE EXF__V EXF__F(lanes)(const float *p, size_t s) {
   __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
@@ -1947,9 +1970,6 @@ EXF__INLINE EXF__V EXF__F(load_n)(const float *p, size_t n, float fill) {
 EXF__INLINE void EXF__F(store_n)(float *p, size_t n, EXF__V v) {
   _mm256_maskstore_ps(p, EXF__F(mask)(n), v);
 }
-EXF__INLINE EXF__V EXF__F(keep_n)(EXF__V v, size_t n) {
-  return _mm256_and_ps(v, _mm256_castsi256_ps(EXF__F(mask)(n)));
-}
 EXF__INLINE EXF__V EXF__F(lanes)(const float *p, size_t s) {
   return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
                               _mm_loadu_ps(p + s), 1);
@@ -1969,11 +1989,6 @@ EXF__INLINE void EXF__F(store_n)(float *p, size_t n, EXF__V v) {
   p[0] = t[0];
   if (n > 1) p[1] = t[1];
   if (n > 2) p[2] = t[2];
-}
-EXF__INLINE EXF__V EXF__F(keep_n)(EXF__V v, size_t n) {
-  float t[4];
-  EXF__STORE(t, v);
-  return EXF__F(load_n)(t, n, 0);
 }
 EXF__INLINE EXF__V EXF__F(lanes)(const float *p, size_t s) {
   (void)s;
@@ -2029,17 +2044,15 @@ EXF__INLINE void EXF__F(put)(float *p, size_t i, size_t n, EXF__V v) {
   if (i + EXF__W <= n) EXF__STORE(p + i, v);
   else if (i < n) EXF__F(store_n)(p + i, n - i, v);
 }
-EXF__INLINE EXF__V EXF__F(keep)(EXF__V v, size_t i, size_t n) {
-  if (i + EXF__W <= n) return v;
-  return i < n ? EXF__F(keep_n)(v, n - i) : EXF__SET(0.0f);
-}
 /* Over a run in steps of 16 lanes: i the index, v the accumulator it belongs to */
 #define EXF__EACH(i, v, n)                  \
   for (i = 0; i < (n); i += EXF__LANES)     \
+    EXF__UNROLL                             \
     for (v = 0; v < EXF__NV; v++)
 #define EXF__AT (i + v * EXF__W)
 EXF__INLINE void EXF__F(clear)(EXF__V *l, float x) {
   size_t v;
+  EXF__UNROLL
   for (v = 0; v < EXF__NV; v++) l[v] = EXF__SET(x);
 }
 
@@ -2055,7 +2068,10 @@ EXF__INLINE void EXF__F(tile)(const int mr, const int nv, size_t k, const float 
   const float *a4 = a + 4 * (mr > 4 ? a_row : 0), *a8 = a + 8 * (mr > 8 ? a_row : 0);
   int i, v;
   EXF__UNROLL
-  for (i = 0; i < mr; i++) s[i][0] = s[i][1] = EXF__SET(0.0f);
+  for (i = 0; i < mr; i++) {
+    s[i][0] = s[i][1] = EXF__SET(0.0f);
+    __builtin_prefetch(c + (size_t)i * c_row, 1);
+  }
   for (; k; k--) {
     EXF__V b0 = EXF__LOAD(b), b1 = nv > 1 ? EXF__LOAD(b + EXF__W) : b0;
     EXF__UNROLL
@@ -2104,20 +2120,6 @@ EXF__INLINE void EXF__F(tile)(const int mr, const int nv, size_t k, const float 
   }
 }
 
-/* mr rows of C: tiles from left to right over panels of b, which are b_panel apart */
-EXF__INLINE void EXF__F(strip)(const int mr, size_t n, size_t k, const float *a,
-                               size_t a_row, size_t a_col, const float *b, size_t b_row,
-                               size_t b_panel, float *c, size_t c_row, int acc,
-                               const float *bias) {
-  size_t j;
-  for (j = 0; j + EXF__W < n; j += EXF__NR, b += b_panel)
-    EXF__F(tile)(mr, 2, k, a, a_row, a_col, b, b_row, c + j, c_row,
-                 EXF__MIN(n - j, (size_t)EXF__NR), acc, bias ? bias + j : bias);
-  if (j < n)
-    EXF__F(tile)(mr, 1, k, a, a_row, a_col, b, b_row, c + j, c_row, n - j, acc,
-                 bias ? bias + j : bias);
-}
-
 /* Four rows of k of EXF__W columns of b, whose columns are contiguous and b_col apart:
    4 x 4 transpositions in registers */
 EXF__INLINE void EXF__F(transpose)(const float *b, size_t b_col, EXF__V *r) {
@@ -2133,12 +2135,13 @@ EXF__INLINE void EXF__F(transpose)(const float *b, size_t b_col, EXF__V *r) {
 /* b (k,n) -> panels (k, EXF__NR) one after the other */
 EXF__TARGET static void EXF__F(pack_b)(size_t k, size_t n, const float *b, size_t b_row,
                                        size_t b_col, float *out) {
-  size_t j, p, i, w;
-  if (b_col == 1) { /* along the rows, which may lie far apart */
-    for (p = 0; p < k; p++, b += b_row)
+  size_t j, p, p0, i, w;
+  if (b_col == 1) {
+    for (p0 = 0; p0 < k; p0 += EXF__PACK)
       for (j = 0; j < n; j += EXF__W)
-        EXF__STORE(out + j / EXF__NR * EXF__NR * k + p * EXF__NR + j % EXF__NR,
-                   EXF__F(get)(b, j, n, 0));
+        for (p = p0; p < EXF__MIN(k, p0 + EXF__PACK); p++)
+          EXF__STORE(out + j / EXF__NR * EXF__NR * k + p * EXF__NR + j % EXF__NR,
+                     EXF__F(get)(b + p * b_row, j, n, 0));
     return;
   }
   for (j = 0; j < n; j += EXF__W, b += EXF__W * b_col) {
@@ -2158,15 +2161,70 @@ EXF__TARGET static void EXF__F(pack_b)(size_t k, size_t n, const float *b, size_
   }
 }
 
-/* a (mr,k) -> (k,mr) */
-EXF__INLINE void EXF__F(pack_a)(const int mr, size_t k, const float *a, size_t a_row,
-                                size_t a_col, float *out) {
-  int i;
-  if (a_row == 1)
-    for (; k; k--, a += a_col, out += mr) memcpy(out, a, (size_t)mr * sizeof *a);
-  else
-    for (; k; k--, a += a_col, out += mr)
-      for (i = 0; i < mr; i++) out[i] = a[(size_t)i * a_row];
+/* Rows of the next tile, of m that are left */
+EXF__INLINE size_t EXF__F(height)(size_t m) {
+  return m >= EXF__MR ? EXF__MR : m >= 8 && EXF__MR > 8 ? 8 : m >= 4 ? 4 : m >= 2 ? 2 : 1;
+}
+
+/* a (m,k), m <= EXF__MC -> strips (k,height) one after the other. Stores are whole vectors
+   and overlap: what one spills behind its strip's row the next one overwrites. */
+EXF__TARGET static void EXF__F(pack_a)(size_t m, size_t k, const float *a, size_t a_row,
+                                       size_t a_col, float *out) {
+  size_t i, p, p0, r, w, mr, chunk = a_row == 1 ? (size_t)EXF__PACK : k;
+  for (p0 = 0; p0 < k; p0 += chunk)
+    for (i = 0; i < m; i += mr) {
+      const float *ai = a + i * a_row;
+      float *o = out + i * k;
+      size_t end = EXF__MIN(k, p0 + chunk), whole = p0;
+      mr = EXF__F(height)(m - i);
+      if (mr == EXF__MR && m - i >= EXF__SPILL) whole = end < k ? end : end - 1;
+      p = p0;
+      if (a_row == 1)
+        for (; p < whole; p++)
+          for (w = 0; w < EXF__MR; w += EXF__W)
+            EXF__STORE(o + p * EXF__MR + w, EXF__LOAD(ai + p * a_col + w));
+      else if (a_col == 1)
+        for (; p + 4 <= whole; p += 4) {
+          EXF__V t[EXF__SPILL / EXF__W][4];
+          for (w = 0; w < EXF__SPILL / EXF__W; w++)
+            EXF__F(transpose)(ai + w * EXF__W * a_row + p, a_row, t[w]);
+          for (r = 0; r < 4; r++)
+            for (w = 0; w < EXF__SPILL / EXF__W; w++)
+              EXF__STORE(o + (p + r) * EXF__MR + w * EXF__W, t[w][r]);
+        }
+      for (; p < end; p++)
+        for (r = 0; r < mr; r++) o[p * mr + r] = ai[r * a_row + p * a_col];
+    }
+}
+
+/* nv vectors of columns of C: tiles from top to bottom, over a in place or, with a_row 0,
+   packed. */
+EXF__INLINE void EXF__F(panel)(const int nv, size_t m, size_t k, const float *a,
+                               size_t a_row, size_t a_col, const float *b, size_t b_row,
+                               float *c, size_t c_row, size_t cols, int acc,
+                               const float *bias) {
+  size_t i, mr, step = a_row ? a_row : k, row = a_row ? a_row : 1;
+  for (i = 0; i < m; i += mr, a += mr * step, c += mr * c_row) {
+    mr = EXF__F(height)(m - i);
+    switch (mr) {
+#define EXF__X(rows)                                                                  \
+  case rows:                                                                          \
+    EXF__F(tile)(rows, nv, k, a, row, a_row ? a_col : rows, b, b_row, c, c_row, cols, \
+                 acc, bias);                                                          \
+    break;
+      EXF__X(EXF__MR)
+#if EXF__MR > 8
+      EXF__X(8)
+#endif
+#if EXF__MR > 4
+      EXF__X(4)
+#endif
+      EXF__X(2)
+      EXF__X(1)
+      default: break;
+#undef EXF__X
+    }
+  }
 }
 
 /* One row of C, columns of b contiguous (y = W x, of a generating model): nothing is
@@ -2193,15 +2251,17 @@ EXF__INLINE void EXF__F(gemv)(size_t k, const float *a, size_t a_col, const floa
   EXF__STORE(c, bias ? (EXF__V)(y + EXF__LOAD(bias)) : y);
 }
 
-/* Scratch: a packed block (EXF__KC, EXF__NC) of b, a packed strip (EXF__KC, EXF__MR) of
-   a. a is read in place where its rows are contiguous or used only once, b where few
-   rows of a pass over it. */
+/* For a block of b (EXF__KC, EXF__NC) and one of a (EXF__MC, EXF__KC), which rests in the
+   second cache: panel after panel of b, in the first cache, passes over all strips of a
+   (the order of Goto and van de Geijn, "Anatomy of high-performance matrix
+   multiplication", 2008). Scratch: both blocks, packed. Where packing would not pay they
+   are read in place: b under few rows, a under few columns. */
 EXF__TARGET static void EXF__F(gemm)(size_t m, size_t n, size_t k, const float *a,
                                      size_t a_row, size_t a_col, const float *b,
                                      size_t b_row, size_t b_col, float *c, size_t c_row,
                                      int acc, const float *bias, void *scratch) {
   float *pb = (float *)scratch, *pa = pb + EXF__KC * EXF__NC;
-  size_t i, j, p, mr, kc, nc, nc_max = m <= EXF__MR ? EXF__NR : EXF__NC;
+  size_t i, j, jj, p, mc, kc, nc, nc_max = m <= EXF__MR ? EXF__NR : EXF__NC;
   if (k == 0) {
     exf__gemm_ref(m, n, k, a, a_row, a_col, b, b_row, b_col, c, c_row, acc, bias, NULL);
     return;
@@ -2211,39 +2271,34 @@ EXF__TARGET static void EXF__F(gemm)(size_t m, size_t n, size_t k, const float *
   for (; j < n; j += nc) {
     nc = EXF__MIN(n - j, nc_max);
     for (p = 0; p < k; p += kc) {
-      const float *bb = b + p * b_row + j * b_col, *bias_p;
+      const float *bb = b + p * b_row + j * b_col;
       int acc_p = acc || p > 0, direct, pack;
-      size_t bs, panel;
+      size_t bs, step;
       kc = EXF__MIN(k - p, (size_t)EXF__KC);
-      bias_p = bias && p + kc == k ? bias + j : NULL;
       direct = b_col == 1 && m <= EXF__DIRECT && nc % EXF__W == 0;
       bs = direct ? b_row : (size_t)EXF__NR;
-      panel = direct ? EXF__NR : EXF__NR * kc;
-      pack = a_col != 1 && nc > EXF__NR;
+      step = direct ? 1 : kc;
+      pack = nc > (a_col == 1 ? (size_t)EXF__PACK_A : (size_t)EXF__NR);
       if (!direct) {
         EXF__F(pack_b)(kc, nc, bb, b_row, b_col, pb);
         bb = pb;
       }
-      for (i = 0; i < m; i += mr) {
+      for (i = 0; i < m; i += mc) {
         const float *aa = a + i * a_row + p * a_col;
         float *cc = c + i * c_row + j;
-#define EXF__STRIP(rows)                                                          \
-  do {                                                                            \
-    mr = rows;                                                                    \
-    if (pack) EXF__F(pack_a)(rows, kc, aa, a_row, a_col, pa);                     \
-    EXF__F(strip)(rows, nc, kc, pack ? pa : aa, pack ? 1 : a_row,                 \
-                  pack ? rows : a_col, bb, bs, panel, cc, c_row, acc_p, bias_p);  \
-  } while (0)
-        if (m - i >= EXF__MR) EXF__STRIP(EXF__MR);
-#if EXF__MR > 8
-        else if (m - i >= 8) EXF__STRIP(8);
-#endif
-#if EXF__MR > 4
-        else if (m - i >= 4) EXF__STRIP(4);
-#endif
-        else if (m - i >= 2) EXF__STRIP(2);
-        else EXF__STRIP(1);
-#undef EXF__STRIP
+        mc = EXF__MIN(m - i, pack ? (size_t)EXF__MC : (size_t)EXF__MR);
+        if (pack) EXF__F(pack_a)(mc, kc, aa, a_row, a_col, pa);
+        if (pack) aa = pa;
+        for (jj = 0; jj < nc; jj += EXF__NR) {
+          const float *bias_j = bias && p + kc == k ? bias + j + jj : NULL;
+          size_t cols = EXF__MIN(nc - jj, (size_t)EXF__NR);
+          if (cols > EXF__W)
+            EXF__F(panel)(2, mc, kc, aa, pack ? 0 : a_row, a_col, bb + jj * step, bs,
+                          cc + jj, c_row, cols, acc_p, bias_j);
+          else
+            EXF__F(panel)(1, mc, kc, aa, pack ? 0 : a_row, a_col, bb + jj * step, bs,
+                          cc + jj, c_row, cols, acc_p, bias_j);
+        }
       }
     }
   }
@@ -2667,49 +2722,54 @@ EXF__TARGET static void EXF__F(cross_entropy_grad)(size_t rows, size_t n, const 
   }
 }
 
-/* Rows of s end at a multiple of 16, so that whole vectors may be stored. Past the row's
-   length exp is that of -inf, which is 0. */
-EXF__TARGET static void EXF__F(att_rows)(size_t rows, size_t ld, size_t len0,
-                                         size_t grow, float scale, float *s,
-                                         float *lse) {
-  size_t r, i, v;
-  for (r = 0; r < rows; r++, s += ld, len0 += grow) {
-    float m = EXF__F(max)(len0, s, scale, scale < 0 ? HUGE_VALF : -HUGE_VALF), sum;
-    EXF__V l[EXF__NV];
-    EXF__F(clear)(l, 0);
-    EXF__EACH(i, v, len0) {
-      EXF__V e = EXF__F(get)(s, EXF__AT, len0, 0) * EXF__SET(scale) - EXF__SET(m);
-      e = EXF__F(keep)(EXF__F(exp)(e), EXF__AT, len0);
-      l[v] += e;
-      EXF__STORE(s + EXF__AT, e);
+/* x, with fill in the lanes i .. i + EXF__W - 1 that are below first */
+EXF__INLINE EXF__V EXF__F(hide)(EXF__V x, size_t i, size_t first, float fill) {
+  EXF__V lane = EXF__LOAD(exf__iota) + EXF__SET((float)i);
+  EXF__VU hidden = (EXF__VU)(lane < EXF__SET((float)first));
+  return (EXF__V)(((EXF__VU)x & ~hidden) | ((EXF__VU)EXF__SET(fill) & hidden));
+}
+
+EXF__TARGET static void EXF__F(att_softmax)(size_t nk, size_t rows, size_t len,
+                                            int causal, float scale, float *s, float *m,
+                                            float *inv) {
+  size_t i, j, seen = causal ? EXF__MIN(len, nk) : nk;  /* by every query */
+  EXF__V sv = EXF__SET(scale), low = EXF__SET(-HUGE_VALF), one = EXF__SET(1.0f);
+  for (i = 0; i < rows; i += EXF__W, s += EXF__W) {
+    EXF__V top = low, sum = EXF__SET(0.0f);
+    for (j = 0; j < nk; j++) {
+      EXF__V x = EXF__F(get)(s + j * EXF__ATT, 0, rows - i, 0) * sv;
+      if (j >= seen) x = EXF__F(hide)(x, i, j - seen + 1, -HUGE_VALF);
+      top = EXF__MAXV(x, top);
+      EXF__STORE(s + j * EXF__ATT, x);
     }
-    sum = EXF__F(fold)(l, 0);
-    if (lse) lse[r] = m + exf__log(sum);
-    sum = sum == 0 ? 0 : 1 / sum;
-    for (i = 0; i < len0; i += EXF__W)
-      EXF__STORE(s + i, EXF__LOAD(s + i) * EXF__SET(sum));
-    for (; i < ld; i += EXF__W) EXF__STORE(s + i, EXF__SET(0.0f));
+    top = (EXF__V)((EXF__VU)top & ~(EXF__VU)(top == low));
+    for (j = 0; j < nk; j++) {
+      EXF__V e = EXF__F(exp)(EXF__LOAD(s + j * EXF__ATT) - top);
+      sum += e;
+      EXF__STORE(s + j * EXF__ATT, e);
+    }
+    EXF__F(put)(m, i, rows, top);
+    sum = (EXF__V)((EXF__VU)(one / sum) & ~(EXF__VU)(sum == EXF__SET(0.0f)));
+    EXF__F(put)(inv, i, rows, sum);
   }
 }
 
-EXF__TARGET static void EXF__F(att_rows_grad)(size_t rows, size_t ld, size_t len0,
-                                              size_t grow, size_t d, float scale,
-                                              const float *out, const float *dout,
-                                              size_t out_stride, const float *lse,
-                                              float *s, float *dp) {
-  size_t r, i;
-  for (r = 0; r < rows; r++, s += ld, dp += ld, len0 += grow) {
-    EXF__V D = EXF__SET(EXF__F(dot)(d, dout + r * out_stride, out + r * out_stride));
-    EXF__V z = EXF__SET(lse[r] == -HUGE_VALF ? 0 : lse[r]), sv = EXF__SET(scale);
-    for (i = 0; i < len0; i += EXF__W) {
-      EXF__V p = EXF__F(exp)(sv * EXF__F(get)(s, i, len0, 0) - z);
-      EXF__V t = sv * (p * (EXF__F(get)(dp, i, len0, 0) - D));
-      EXF__STORE(s + i, EXF__F(keep)(p, i, len0));
-      EXF__STORE(dp + i, EXF__F(keep)(t, i, len0));
-    }
-    for (; i < ld; i += EXF__W) {
-      EXF__STORE(s + i, EXF__SET(0.0f));
-      EXF__STORE(dp + i, EXF__SET(0.0f));
+EXF__TARGET static void EXF__F(att_softmax_grad)(size_t nk, size_t rows, size_t len,
+                                                 int causal, float scale, const float *m,
+                                                 const float *inv, const float *D,
+                                                 float *s, float *dp) {
+  size_t i, j, seen = causal ? EXF__MIN(len, nk) : nk;
+  EXF__V sv = EXF__SET(scale);
+  for (i = 0; i < rows; i += EXF__W, s += EXF__W, dp += EXF__W) {
+    EXF__V mv = EXF__F(get)(m, i, rows, 0), iv = EXF__F(get)(inv, i, rows, 0);
+    EXF__V Dv = EXF__F(get)(D, i, rows, 0);
+    for (j = 0; j < nk; j++) {
+      EXF__V p = sv * EXF__F(get)(s + j * EXF__ATT, 0, rows - i, 0) - mv;
+      EXF__V d = EXF__F(get)(dp + j * EXF__ATT, 0, rows - i, 0) - Dv;
+      p = EXF__F(exp)(p) * iv;
+      if (j >= seen) p = EXF__F(hide)(p, i, j - seen + 1, 0);
+      EXF__STORE(s + j * EXF__ATT, p);
+      EXF__STORE(dp + j * EXF__ATT, sv * (p * d));
     }
   }
 }
@@ -2777,6 +2837,7 @@ EXF__TARGET static void EXF__F(adamw)(size_t n_experts, size_t size, size_t stri
 #undef EXF__MR
 #undef EXF__NV
 #undef EXF__NR
+#undef EXF__SPILL
 #undef EXF__V
 #undef EXF__VI
 #undef EXF__VU
@@ -2802,15 +2863,21 @@ EXF__TARGET static void EXF__F(adamw)(size_t n_experts, size_t size, size_t stri
 #define EXF_HEADER_NAME "exfusion.h"
 #endif
 
-/* Blocks of the matrix product: EXF__KC x EXF__NC of b, EXF__KC x at most 16 of a */
-#define EXF__NC 256
-#define EXF__GEMM_SCRATCH (EXF__KC * (EXF__NC + 16) * sizeof(float))
+/* Blocks of the matrix product: EXF__KC x EXF__NC of b, EXF__MC x EXF__KC of a, with room
+   for the last spill */
+#define EXF__NC 1024
+#define EXF__MC 192
+#define EXF__GEMM_SCRATCH ((EXF__KC * (EXF__NC + EXF__MC) + 16) * sizeof(float))
+#define EXF__PACK 8      /* packing goes along so many of the k rows at once */
+#define EXF__PACK_A 256  /* above so many columns, contiguous rows of a are packed */
 #define EXF__DIRECT 96  /* up to this many rows, b is not packed if it need not be */
 #if defined(__clang__)
 #define EXF__UNROLL
 #else
 #define EXF__UNROLL _Pragma("GCC unroll 16")
 #endif
+
+static const float exf__iota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 #if EXF__X86
 #define EXF__INSTANCE 2
@@ -4603,7 +4670,7 @@ typedef struct exf__att_work {
   int causal, acc;
   exf_real scale;
   const exf_real *qkv, *dout;
-  exf_real *out, *lse, *dqkv;
+  exf_real *out, *stat, *dqkv;
 } exf__att_work;
 
 static int exf__ATTENTION_shape(exf_ctx *ctx, exf__node *n, exf_shape *out) {
@@ -4620,22 +4687,22 @@ static int exf__ATTENTION_shape(exf_ctx *ctx, exf__node *n, exf_shape *out) {
   return 1;
 }
 
-/* One (sequence, head) after the other; lse (B,H,T) */
+/* One (sequence, head) after the other; stat (B,H,2,T) */
 static void exf__att_job(void *arg, size_t begin, size_t end, void *scratch) {
   const exf__att_work *w = (const exf__att_work *)arg;
   size_t i, d = w->c / w->heads, s = 3 * w->c;
   for (i = begin; i < end; i++) {
     size_t at = i % w->heads * d, row = i / w->heads * w->t;
     const exf_real *q = w->qkv + row * s + at;
-    exf_real *out = w->out + row * w->c + at, *lse = w->lse + i * w->t;
+    exf_real *out = w->out + row * w->c + at, *stat = w->stat + 2 * i * w->t;
     if (w->dout) {
       exf_real *dq = w->dqkv + row * s + at;
       w->k->attention_grad(w->t, d, q, q + w->c, q + 2 * w->c, s, w->scale, w->causal,
-                           out, w->dout + row * w->c + at, w->c, lse, dq, dq + w->c,
+                           out, w->dout + row * w->c + at, w->c, stat, dq, dq + w->c,
                            dq + 2 * w->c, s, w->acc, scratch);
     } else {
       w->k->attention(w->t, w->t, d, q, s, q + w->c, q + 2 * w->c, s, w->scale,
-                      w->causal, out, w->c, lse, scratch);
+                      w->causal, out, w->c, stat, scratch);
     }
   }
 }
@@ -4652,8 +4719,8 @@ static void exf__att_run(exf_ctx *ctx, exf__node *n, exf__att_work *w) {
   w->scale = EXF__R(1) / EXF__SQRT((exf_real)d);
   w->qkv = n->in[0]->data;
   w->out = n->out->data;
-  w->lse = (exf_real *)n->saved;
-  bytes = exf__attention_scratch(ctx->k, w->t, d);
+  w->stat = (exf_real *)n->saved;
+  bytes = exf__attention_scratch(ctx->k, w->t);
   if (bytes == 0) {
     exf_fail(ctx, EXF_SIZE, "attention: %zu positions do not fit into memory", w->t);
     return;
@@ -4667,7 +4734,7 @@ static void exf__ATTENTION_forward(exf_ctx *ctx, exf__node *n) {
   const exf_shape *x = &n->in[0]->shape;
   exf__att_work w;
   memset(&w, 0, sizeof w);
-  n->saved = exf__arena(ctx, x->dim[0] * n->arg.a * x->dim[1], sizeof(exf_real));
+  n->saved = exf__arena(ctx, x->dim[0] * n->arg.a * x->dim[1], 2 * sizeof(exf_real));
   if (n->saved && n->out->size) exf__att_run(ctx, n, &w);
 }
 
@@ -6231,7 +6298,7 @@ EXF_API exf_tensor *exf_attention_cached(exf_ctx *ctx, exf_tensor *qkv, size_t n
   keys = kv->data + layer * 2 * kv->capacity * c;
   values = keys + kv->capacity * c;
   y = exf__tensor(ctx, &shape, NULL);
-  bytes = exf__attention_scratch(ctx->k, w.total, w.d);
+  bytes = exf__attention_scratch(ctx->k, w.total);
   if (!y || !bytes) return NULL;
   for (i = 0; i < w.t; i++) {
     const exf_real *row = qkv->data + i * 3 * c;
