@@ -1145,7 +1145,7 @@ typedef void exf__gemm_fn(size_t m, size_t n, size_t k, const exf_real *a, size_
                           exf_real *c, size_t c_row, int acc, const exf_real *bias,
                           void *scratch);
 /* Attention takes EXF__ATT queries at a time and keeps their scores transposed,
-   s (nk, EXF__ATT): a column is a query, so that its softmax needs no sum across a vector.
+   s (nk, EXF__ATT): a column is a query, and its softmax needs no sum across a vector.
    Query i sees the first len + i causal keys. In: s = K Q^T. Out: s = exp(scale s - m), 0
    where unseen; m (rows) the maxima, inv (rows) 1 / sum (0 when nothing is finite). */
 typedef void exf__att_softmax_fn(size_t nk, size_t rows, size_t len, int causal,
@@ -1705,9 +1705,9 @@ static size_t exf__attention_scratch(const exf__kernels *k, size_t t) {
 
 /* stat (2,tq): the rows m and inv of all queries */
 static void exf__attention(exf__gemm_fn *gemm, exf__att_softmax_fn *softmax,
-                           exf__axpy_fn *axpy, size_t gemm_scratch, size_t tq, size_t tk, size_t d,
-                           const exf_real *q, size_t q_stride, const exf_real *k,
-                           const exf_real *v, size_t kv_stride, exf_real scale,
+                           exf__axpy_fn *axpy, size_t gemm_scratch, size_t tq,
+                           size_t tk, size_t d, const exf_real *q, size_t q_stride,
+                           const exf_real *k, const exf_real *v, size_t kv_stride, exf_real scale,
                            int causal, exf_real *out, size_t out_stride, exf_real *stat,
                            void *scratch) {
   exf_real *s = (exf_real *)(void *)((unsigned char *)scratch + gemm_scratch);
@@ -1739,10 +1739,11 @@ static void exf__attention_grad(exf__gemm_fn *gemm,
                                 exf__att_softmax_grad_fn *softmax_grad,
                                 exf__dots_fn *dots, size_t gemm_scratch, size_t t,
                                 size_t d, const exf_real *q, const exf_real *k,
-                                const exf_real *v, size_t stride, exf_real scale, int causal,
-                                const exf_real *out, const exf_real *dout,
-                                size_t out_stride, const exf_real *stat, exf_real *dq,
-                                exf_real *dk, exf_real *dv, size_t d_stride, int acc,
+                                const exf_real *v, size_t stride, exf_real scale,
+                                int causal, const exf_real *out,
+                                const exf_real *dout, size_t out_stride,
+                                const exf_real *stat, exf_real *dq, exf_real *dk,
+                                exf_real *dv, size_t d_stride, int acc,
                                 void *scratch) {
   exf_real *D = (exf_real *)(void *)((unsigned char *)scratch + gemm_scratch);
   exf_real *s = D + EXF__ATT, *dp = s + EXF__ATT * t;
@@ -2166,8 +2167,8 @@ EXF__INLINE size_t EXF__F(height)(size_t m) {
   return m >= EXF__MR ? EXF__MR : m >= 8 && EXF__MR > 8 ? 8 : m >= 4 ? 4 : m >= 2 ? 2 : 1;
 }
 
-/* a (m,k), m <= EXF__MC -> strips (k,height) one after the other. Stores are whole vectors
-   and overlap: what one spills behind its strip's row the next one overwrites. */
+/* a (m,k), m <= EXF__MC -> strips (k,height) one after the other. Stores are whole
+   vectors and overlap: what one spills behind its row of a strip the next overwrites. */
 EXF__TARGET static void EXF__F(pack_a)(size_t m, size_t k, const float *a, size_t a_row,
                                        size_t a_col, float *out) {
   size_t i, p, p0, r, w, mr, chunk = a_row == 1 ? (size_t)EXF__PACK : k;
@@ -2227,28 +2228,47 @@ EXF__INLINE void EXF__F(panel)(const int nv, size_t m, size_t k, const float *a,
   }
 }
 
-/* One row of C, columns of b contiguous (y = W x, of a generating model): nothing is
-   packed, b streams through the transposition. Columns j .. j + EXF__W - 1. */
-EXF__INLINE void EXF__F(gemv)(size_t k, const float *a, size_t a_col, const float *b,
-                              size_t b_col, float *c, int acc, const float *bias) {
-  EXF__V y = acc ? EXF__LOAD(c) : EXF__SET(0.0f);
-  size_t p = 0, p0, end, i;
-  for (p0 = 0; p0 < k; p0 += EXF__KC) {
-    EXF__V s = EXF__SET(0.0f), r[4];
+/* nv vectors of one row of C, columns of b contiguous (y = W x, of a generating model):
+   nothing is packed, b streams through the transposition. */
+EXF__INLINE void EXF__F(gemv)(const int nv, size_t k, const float *a, size_t a_col,
+                              const float *b, size_t b_col, float *c, int acc,
+                              const float *bias) {
+  EXF__V s[4], y[4], r[4];
+  size_t p, p0, end, i, q;
+  int v;
+  for (p0 = 0; p0 < k; p0 = end) {
     end = EXF__MIN(k, p0 + EXF__KC);
-    for (p = p0; p + 4 <= end; p += 4) {
-      EXF__F(transpose)(b + p, b_col, r);
+    EXF__UNROLL
+    for (v = 0; v < nv; v++) s[v] = EXF__SET(0.0f);
+    for (p = p0; p + 16 <= end; p += 16) { /* a cache line of each column at once */
       EXF__UNROLL
-      for (i = 0; i < 4; i++) s = EXF__FMAV(EXF__SET(a[(p + i) * a_col]), r[i], s);
+      for (v = 0; v < nv; v++)
+        for (q = p; q < p + 16; q += 4) {
+          EXF__F(transpose)(b + (size_t)v * EXF__W * b_col + q, b_col, r);
+          EXF__UNROLL
+          for (i = 0; i < 4; i++)
+            s[v] = EXF__FMAV(EXF__SET(a[(q + i) * a_col]), r[i], s[v]);
+        }
     }
     for (; p < end; p++) {
-      float t[EXF__W];
-      for (i = 0; i < EXF__W; i++) t[i] = b[p + i * b_col];
-      s = EXF__FMAV(EXF__SET(a[p * a_col]), EXF__LOAD(t), s);
+      EXF__UNROLL
+      for (v = 0; v < nv; v++) {
+        float t[EXF__W];
+        for (i = 0; i < EXF__W; i++) t[i] = b[((size_t)v * EXF__W + i) * b_col + p];
+        s[v] = EXF__FMAV(EXF__SET(a[p * a_col]), EXF__LOAD(t), s[v]);
+      }
     }
-    y = p0 == 0 && !acc ? s : (EXF__V)(y + s);
+    EXF__UNROLL
+    for (v = 0; v < nv; v++) {
+      if (p0 > 0) s[v] = y[v] + s[v];
+      else if (acc) s[v] = EXF__LOAD(c + v * EXF__W) + s[v];
+      y[v] = s[v];
+    }
   }
-  EXF__STORE(c, bias ? (EXF__V)(y + EXF__LOAD(bias)) : y);
+  EXF__UNROLL
+  for (v = 0; v < nv; v++)
+    EXF__STORE(c + v * EXF__W,
+               bias ? (EXF__V)(y[v] + EXF__LOAD(bias + v * EXF__W)) : y[v]);
 }
 
 /* For a block of b (EXF__KC, EXF__NC) and one of a (EXF__MC, EXF__KC), which rests in the
@@ -2266,8 +2286,13 @@ EXF__TARGET static void EXF__F(gemm)(size_t m, size_t n, size_t k, const float *
     exf__gemm_ref(m, n, k, a, a_row, a_col, b, b_row, b_col, c, c_row, acc, bias, NULL);
     return;
   }
-  for (j = 0; m == 1 && b_row == 1 && j + EXF__W <= n; j += EXF__W)
-    EXF__F(gemv)(k, a, a_col, b + j * b_col, b_col, c + j, acc, bias ? bias + j : bias);
+  j = 0;
+  if (m == 1 && b_row == 1) {
+    for (; j + 4 * EXF__W <= n; j += 4 * EXF__W)
+      EXF__F(gemv)(4, k, a, a_col, b + j * b_col, b_col, c + j, acc, bias ? bias + j : 0);
+    for (; j + EXF__W <= n; j += EXF__W)
+      EXF__F(gemv)(1, k, a, a_col, b + j * b_col, b_col, c + j, acc, bias ? bias + j : 0);
+  }
   for (; j < n; j += nc) {
     nc = EXF__MIN(n - j, nc_max);
     for (p = 0; p < k; p += kc) {

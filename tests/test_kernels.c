@@ -404,7 +404,8 @@ static void attention_case(size_t tq, size_t tk, size_t d, int causal) {
   size_t qs = 3 * d + 1, vs = 2 * d + 3, os = d + 2, i, bad = 0;
   size_t bytes = exf__attention_scratch(K, tk), rb = exf__attention_scratch(R, tk);
   arr q = arr_new(tq * qs, 1), k = arr_new(tk * vs, 1), v = arr_new(tk * vs, 1);
-  arr a = arr_new(tq * os, 0), b = arr_copy(&a), la = arr_new(2 * tq, 0), lb = arr_copy(&la);
+  arr a = arr_new(tq * os, 0), b = arr_copy(&a);
+  arr la = arr_new(2 * tq, 0), lb = arr_copy(&la);
   void *base_k, *base_r, *sk = scratch_of(bytes, &base_k), *sr = scratch_of(rb, &base_r);
   exf_real scale = (exf_real)(1 / sqrt((double)d));
   CHECK(bytes > 0 && rb > 0);
