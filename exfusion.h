@@ -1707,7 +1707,8 @@ static size_t exf__attention_scratch(const exf__kernels *k, size_t t) {
 static void exf__attention(exf__gemm_fn *gemm, exf__att_softmax_fn *softmax,
                            exf__axpy_fn *axpy, size_t gemm_scratch, size_t tq,
                            size_t tk, size_t d, const exf_real *q, size_t q_stride,
-                           const exf_real *k, const exf_real *v, size_t kv_stride, exf_real scale,
+                           const exf_real *k, const exf_real *v, size_t kv_stride,
+                           exf_real scale,
                            int causal, exf_real *out, size_t out_stride, exf_real *stat,
                            void *scratch) {
   exf_real *s = (exf_real *)(void *)((unsigned char *)scratch + gemm_scratch);
