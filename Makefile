@@ -82,6 +82,13 @@ build/tests/%.result: tests/%.sh $(EXAMPLES) build/tests/exfusion.o
 quality: build/charlm
 	@sh tests/quality.sh "$(DATA)" $(JOBS)
 
+# Speed on this machine: tables and build/bench.csv. PARTS="gemm step" runs some of it.
+build/bench: tests/bench/bench.c exfusion.h $(wildcard tests/bench/*.h)
+	@mkdir -p build
+	$(COMPILE) $< -o $@ -lm -ldl
+bench: build/bench
+	@build/bench $(PARTS)
+
 # Files exchanged with the reference safetensors package, where Python has it.
 interop: build/tests/test_safetensors
 	python3 tests/interop_safetensors.py build/tests/test_safetensors
@@ -98,9 +105,10 @@ help:
 	@echo 'make demo         train on the text of exfusion.h, merge, sample (a minute)'
 	@echo 'make test         all tests; the last line is: N passed, N failed'
 	@echo 'make quality DATA=FILE   the table of variants, seeds 1-3, two learning rates'
+	@echo 'make bench        speed: products, ops, steps, phases ... (PARTS="gemm step")'
 	@echo 'make interop      files exchanged with the reference safetensors package'
 	@echo 'make install      exfusion.h to $$(DESTDIR)$$(PREFIX)/include'
 	@echo 'make clean        remove build/'
 	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS'
 
-.PHONY: all demo test quality interop clean install help
+.PHONY: all demo test quality bench interop clean install help
