@@ -1,6 +1,6 @@
 /* bench.c - how fast the library is on this machine, and what the machine could do.
 
-     build/bench [--threads N] [--isa NAME] [--rounds N] [PART ...]
+     build/bench [--threads N] [--isa NAME] [--rounds N] [--wall] [PART ...]
    parts: machine gemm ops step phases generate growth memory limit; none: all of them
      build/bench run NAME [VARIANT N]
    one line for one step in a process of its own: charlm, charlm8192, gpt384 or vit, or
@@ -267,8 +267,8 @@ static void bench_step(void) {
 /* ---- phases of a step ------------------------------------------------------------- */
 
 enum {
-  P_EMBED, P_NORM, P_ATT_LINEAR, P_ATT, P_FFN, P_ACT, P_RESIDUAL, P_ROUTER, P_FUSE, P_HEAD,
-  P_LOSS, P_CLIP, P_OPTIM, N_PHASES
+  P_EMBED, P_NORM, P_ATT_LINEAR, P_ATT, P_FFN, P_ACT, P_RESIDUAL, P_ROUTER, P_FUSE,
+  P_HEAD, P_LOSS, P_CLIP, P_OPTIM, N_PHASES
 };
 static const char *const phase_names[N_PHASES] = {
   "embedding", "layernorm", "attention's linears", "attention", "FFN's linears",
@@ -305,7 +305,7 @@ static double node_flops(const exf__node *n) {
   if (strcmp(exf__op_name(n->op), "linear") == 0)
     return 2 * size * (double)s->dim[s->n - 1];
   if (strcmp(exf__op_name(n->op), "attention") == 0)   /* qkv (B,T,3C) */
-    return 4 * size * (double)s->dim[1] * (n->arg.j ? 0.5 : 1);
+    return 4 * size * (double)s->dim[1] * (n->arg.i ? 0.5 : 1);
   return 0;
 }
 
@@ -517,6 +517,7 @@ int main(int argc, char **argv) {
     if (strcmp(argv[i], "--threads") == 0) bench.threads = atoi(value), i++;
     else if (strcmp(argv[i], "--rounds") == 0) bench.rounds = atoi(value), i++;
     else if (strcmp(argv[i], "--isa") == 0) bench.isa = isa_named(value), i++;
+    else if (strcmp(argv[i], "--wall") == 0) bench.wall = 1;
     else {
       for (k = 0; k < N_PARTS && strcmp(argv[i], parts[k].name) != 0; k++) continue;
       if (k == N_PARTS) return usage(argv[i]);
