@@ -89,6 +89,10 @@ build/bench: tests/bench/bench.c exfusion.h $(wildcard tests/bench/*.h)
 bench: build/bench
 	@build/bench $(PARTS)
 
+# The same steps in PyTorch, in turn with ours. PYTHON="python3 venv/bin/python"
+bench-torch: build/bench
+	@PYTHON="$(PYTHON)" sh tests/bench/compare.sh
+
 # Files exchanged with the reference safetensors package, where Python has it.
 interop: build/tests/test_safetensors
 	python3 tests/interop_safetensors.py build/tests/test_safetensors
@@ -106,9 +110,10 @@ help:
 	@echo 'make test         all tests; the last line is: N passed, N failed'
 	@echo 'make quality DATA=FILE   the table of variants, seeds 1-3, two learning rates'
 	@echo 'make bench        speed: products, ops, steps, phases ... (PARTS="gemm step")'
+	@echo 'make bench-torch  the steps beside PyTorch (PYTHON="python3 venv/bin/python")'
 	@echo 'make interop      files exchanged with the reference safetensors package'
 	@echo 'make install      exfusion.h to $$(DESTDIR)$$(PREFIX)/include'
 	@echo 'make clean        remove build/'
 	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS'
 
-.PHONY: all demo test quality bench interop clean install help
+.PHONY: all demo test quality bench bench-torch interop clean install help

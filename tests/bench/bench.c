@@ -162,7 +162,7 @@ static double generate_rate(net *g, size_t n, size_t kept_half) {
   return (double)n / (now() - start);
 }
 
-/* Bytes of weights a token reads: all but the positions (and the head is the embedding) */
+/* Bytes of weights a token reads: all but the positions; the head is the embedding. */
 static size_t generate_bytes(const net *g) {
   return (exf_model_count(g->model) - g->wpe->size) * sizeof(exf_real);
 }
@@ -277,7 +277,8 @@ static int run_usage(void) {
   return 2;
 }
 
-/* argv: NAME [VARIANT N]. Steps for three seconds, at least three. */
+/* argv: NAME [VARIANT N]. Steps for three seconds, at least three; generate: ms of a
+   token. */
 static int run_one(int argc, char **argv) {
   samples s = {0, {0}};
   net_desc d = nets[CHARLM];
@@ -296,7 +297,8 @@ static int run_one(int argc, char **argv) {
   g = net_new(&d);
   if (generating) {
     generate_rate(g, 200, d.block / 2 - 1);
-    printf("tokens_per_s=%.0f\n", generate_rate(g, 5000, d.block / 2 - 1));
+    start = generate_rate(g, 5000, d.block / 2 - 1);
+    printf("ms=%.4f peak_mb=%.1f\n", 1e3 / start, peak_memory() - idle);
   } else {
     net_step(g, NULL);
     for (start = now(); s.n < 3 || now() - start < 3;) sample_add(&s, net_step(g, NULL));
@@ -333,7 +335,8 @@ static void bench_memory(void) {
 static const struct {
   const char *name;
   void (*run)(void);
-} parts[] = {{"machine", NULL}, {"gemm", bench_gemm}, {"ops", bench_ops}, {"step", bench_step},
+} parts[] = {{"machine", NULL}, {"gemm", bench_gemm}, {"ops", bench_ops},
+             {"step", bench_step},
              {"limit", bench_limit}, {"phases", bench_phases},
              {"generate", bench_generate}, {"growth", bench_growth},
              {"memory", bench_memory}};

@@ -173,8 +173,8 @@ static void ops_fuse(exf_ctx *ctx, size_t n_experts) {
 
 static void bench_ops(void) {
   exf_ctx *ctx = new_context();
-  printf("\nops        forward | backward, %d rows of %d, elementwise of %d; last: share of "
-         "the nearer limit,\n           %.0f GFLOP/s or reads of 4 MB at %.0f GB/s\n",
+  printf("\nops        forward | backward, %d rows of %d, elementwise of %d; last: share "
+         "of the nearer limit,\n           %.0f GFLOP/s or reads of 4 MB at %.0f GB/s\n",
          OP_ROWS, OP_WIDTH, OP_HIDDEN, bench.peak, bench.cache);
   exf_training_set(ctx, 1);
   ops_products(ctx);
