@@ -1708,9 +1708,8 @@ static void exf__attention(exf__gemm_fn *gemm, exf__att_softmax_fn *softmax,
                            exf__axpy_fn *axpy, size_t gemm_scratch, size_t tq,
                            size_t tk, size_t d, const exf_real *q, size_t q_stride,
                            const exf_real *k, const exf_real *v, size_t kv_stride,
-                           exf_real scale,
-                           int causal, exf_real *out, size_t out_stride, exf_real *stat,
-                           void *scratch) {
+                           exf_real scale, int causal, exf_real *out,
+                           size_t out_stride, exf_real *stat, void *scratch) {
   exf_real *s = (exf_real *)(void *)((unsigned char *)scratch + gemm_scratch);
   exf_real here[2 * EXF__ATT], *m = here, *inv = here + EXF__ATT;
   size_t i, r, rows, len, nk;
