@@ -2966,7 +2966,11 @@ static const exf__kernels *exf__kernels_best(void) {
    step arena, a chain of chunks that exf_rewind empties without giving anything back:
    from the second step on nothing is allocated. Every block starts on a cache line. */
 #define EXF__ALIGN 64
-#define EXF__CHUNK ((size_t)1 << 20)
+/* Bytes of a new chunk when the arena holds so many; a test may want every request to be
+   one. */
+#ifndef EXF__CHUNK
+#define EXF__CHUNK(held) EXF__MAX((size_t)1 << 20, (held) / 4)
+#endif
 
 typedef struct exf__block {     /* stands in front of every block */
   void *base;                   /* what the allocator returned */
@@ -3110,7 +3114,7 @@ static void *exf__arena(exf_ctx *ctx, size_t n, size_t size) {
     ctx->chunk->used = 0;
   }
   if (!ctx->chunk || bytes > ctx->chunk->size - ctx->chunk->used) {
-    want = EXF__MAX(bytes, EXF__MAX(EXF__CHUNK, ctx->arena_bytes / 4));
+    want = EXF__MAX(bytes, EXF__CHUNK(ctx->arena_bytes));
     c = (exf__chunk *)exf__alloc(ctx, sizeof(exf__chunk));
     if (!c) return NULL;
     c->data = (unsigned char *)exf__alloc(ctx, want);
