@@ -6493,20 +6493,20 @@ static void exf__update_job(void *arg, size_t begin, size_t end, void *scratch) 
   else exf__sgd(u, begin, end - begin);
 }
 
-/* torch.optim.AdamW and SGD. For experts every N-th of p, m and v meets a_i G. */
-static void exf__optim_update(exf_optim *o, exf_param *p, double lr, double clip) {
+/* torch.optim.AdamW and SGD. For experts every N-th of p, m and v meets a_i G. scale:
+   room for a number per expert. Cannot fail: an update is whole or not made. */
+static void exf__optim_update(exf_optim *o, exf_param *p, double lr, double clip,
+                              exf_real *scale) {
   exf_ctx *ctx = o->model->ctx;
   const exf_optim_desc *d = &o->desc;
   exf__update u;
-  exf_real one = 1, *scale = &one;
   size_t i, size = p->t.size;
   memset(&u, 0, sizeof u);
   u.n_experts = 1;
+  scale[0] = 1;
   if (p->role == EXF__EXPERTS) {
     u.n_experts = p->t.shape.dim[0];
     u.stride = size = p->t.size / u.n_experts;
-    scale = (exf_real *)exf__arena(ctx, u.n_experts, sizeof(exf_real));
-    if (!scale) return;
     for (i = 0; i < u.n_experts; i++) scale[i] = exf__mean_weight(p, i);
   }
   lr *= p->lr_scale;
@@ -6551,11 +6551,15 @@ EXF_API exf_status exf_optim_step(exf_optim *o, double lr, double *norm) {
   exf_model *m;
   double square = 0, part, clip = 1;
   const exf_param *bad = NULL;
-  size_t i;
+  exf_real *scale;
+  size_t i, most = 1;
   if (!o) return EXF_ARG;
   m = o->model;
   ctx = m->ctx;
   if (ctx->status != EXF_OK) return ctx->status;
+  for (i = 0; i < m->n_ffns; i++) most = EXF__MAX(most, m->ffns[i]->fusion.n_experts);
+  scale = (exf_real *)exf__arena(ctx, most, sizeof(exf_real));
+  if (!scale) return ctx->status;
   for (i = 0; i < m->n_params; i++) {
     exf_param *p = m->params[i];
     if (!p->has_grad) continue;
@@ -6577,7 +6581,7 @@ EXF_API exf_status exf_optim_step(exf_optim *o, double lr, double *norm) {
   o->t++;
   for (i = 0; i < m->n_params; i++)
     if (m->params[i]->has_grad && !m->params[i]->frozen)
-      exf__optim_update(o, m->params[i], lr, clip);
+      exf__optim_update(o, m->params[i], lr, clip, scale);
   for (i = 0; i < m->n_ffns; i++) exf__bank_update(m->ffns[i]);
   exf_model_zero_grad(m);
   return ctx->status;
