@@ -6367,6 +6367,26 @@ static int exf__optim_moments(const exf_optim_desc *d) {
   return d->kind == EXF_ADAMW ? 2 : d->momentum != 0 ? 1 : 0;
 }
 
+/* Cleared moments for every parameter in place of what it has; all are made before the
+   first is exchanged. */
+static int exf__moments_new(exf_model *model, int moments) {
+  exf_ctx *ctx = model->ctx;
+  size_t n = model->n_params, i;
+  exf_real **fresh = (exf_real **)exf__calloc_n(ctx, n, 2 * sizeof *fresh);
+  for (i = 0; i < 2 * n && ctx->status == EXF_OK; i++)   /* (n, 2): m, v */
+    if ((int)(i % 2) < moments)
+      fresh[i] = (exf_real *)exf__calloc_n(ctx, model->params[i / 2]->t.size,
+                                           sizeof(exf_real));
+  for (i = 0; fresh && i < 2 * n; i++) {
+    exf_param *p = model->params[i / 2];
+    exf_real **old = i % 2 ? &p->v : &p->m;
+    exf__free(ctx, ctx->status == EXF_OK ? *old : fresh[i]);
+    if (ctx->status == EXF_OK) *old = fresh[i];
+  }
+  exf__free(ctx, fresh);
+  return ctx->status == EXF_OK;
+}
+
 EXF_API exf_optim *exf_optim_new(exf_model *model, const exf_optim_desc *desc) {
   exf_ctx *ctx;
   exf_optim *o;
@@ -6388,24 +6408,18 @@ EXF_API exf_optim *exf_optim_new(exf_model *model, const exf_optim_desc *desc) {
     return NULL;
   }
   o = (exf_optim *)exf__calloc_n(ctx, 1, sizeof *o);
-  if (!o) return NULL;
+  if (!o || !exf__moments_new(model, exf__optim_moments(&d))) {
+    exf__free(ctx, o);
+    return NULL;
+  }
   o->model = model;
   o->desc = d;
-  for (i = 0; i < model->n_params && ctx->status == EXF_OK; i++) {
+  for (i = 0; i < model->n_params; i++) {
     exf_param *p = model->params[i];
-    exf__free(ctx, p->m);
-    exf__free(ctx, p->v);
-    p->m = p->v = NULL;
     p->lr_scale = 1;
     p->weight_decay = p->decay ? d.weight_decay : 0;
-    if (exf__optim_moments(&d) > 0)
-      p->m = (exf_real *)exf__calloc_n(ctx, p->t.size, sizeof(exf_real));
-    if (exf__optim_moments(&d) > 1)
-      p->v = (exf_real *)exf__calloc_n(ctx, p->t.size, sizeof(exf_real));
   }
-  if (ctx->status == EXF_OK) return o;
-  exf_optim_free(o);
-  return NULL;
+  return o;
 }
 
 EXF_API void exf_optim_free(exf_optim *o) {
