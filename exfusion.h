@@ -5266,16 +5266,17 @@ static void *exf__model_alloc(exf_model *model, size_t bytes) {
   return (unsigned char *)o + EXF__ALIGN;
 }
 
-/* Makes room for one more pointer in a growing array. */
-static int exf__grow(exf_ctx *ctx, void *array, size_t n, size_t *room) {
+/* Makes room for more pointers in a growing array of n. */
+static int exf__grow(exf_ctx *ctx, void *array, size_t n, size_t more, size_t *room) {
   void **old = *(void ***)array, **fresh;
-  if (n < *room) return 1;
-  fresh = (void **)exf__alloc_n(ctx, 2 * n + 16, sizeof(void *));
+  size_t want = 2 * n + more + 16;
+  if (more <= *room - n) return 1;
+  fresh = (void **)exf__alloc_n(ctx, want, sizeof(void *));
   if (!fresh) return 0;
   if (n) memcpy(fresh, old, n * sizeof(void *));
   exf__free(ctx, old);
   *(void ***)array = fresh;
-  *room = 2 * n + 16;
+  *room = want;
   return 1;
 }
 
@@ -5341,7 +5342,7 @@ static void exf__param_draw(const exf_param *p, const char *dense_name, uint32_t
 }
 
 static int exf__param_insert(exf_model *model, exf_param *p, size_t at) {
-  if (!exf__grow(model->ctx, &model->params, model->n_params, &model->room)) return 0;
+  if (!exf__grow(model->ctx, &model->params, model->n_params, 1, &model->room)) return 0;
   memmove(model->params + at + 1, model->params + at,
           (model->n_params - at) * sizeof(exf_param *));
   model->params[at] = p;
@@ -5690,7 +5691,7 @@ EXF_API exf_ffn *exf_ffn_new(exf_model *model, const char *name,
   f->part[EXF__W2] = exf__ffn_part(f, d.down, "weight", exf_shape2(c, h), d.init_std_out);
   if (d.bias) f->part[EXF__B2] = exf__ffn_part(f, d.down, "bias", exf_shape1(c), 0);
   if (model->ctx->status != EXF_OK
-      || !exf__grow(model->ctx, &model->ffns, model->n_ffns, &model->ffn_room))
+      || !exf__grow(model->ctx, &model->ffns, model->n_ffns, 1, &model->ffn_room))
     return NULL;
   model->ffns[model->n_ffns++] = f;
   if (d.fusion.variant != EXF_DENSE && exf_ffn_upcycle(f, &d.fusion) != EXF_OK)
@@ -5838,7 +5839,7 @@ static void exf__change_apply(exf_ffn *f, exf__ffn_change *c) {
 }
 
 static int exf__change_room(exf_model *m) {   /* for three parameters more */
-  return exf__grow(m->ctx, &m->params, m->n_params + 2, &m->room);
+  return exf__grow(m->ctx, &m->params, m->n_params, 3, &m->room);
 }
 
 /* "<ffn>.<what>" */
