@@ -5350,6 +5350,37 @@ static int exf__param_insert(exf_model *model, exf_param *p, size_t at) {
   return 1;
 }
 
+/* A constructor that fails leaves the model as it found it: whatever has been added
+   since the mark goes. */
+typedef struct exf__mark {
+  size_t n_params, n_ffns;
+  exf__owned *owned;
+} exf__mark;
+
+static exf__mark exf__model_mark(const exf_model *model) {
+  exf__mark mark = {0, 0, NULL};
+  if (!model) return mark;
+  mark.n_params = model->n_params;
+  mark.n_ffns = model->n_ffns;
+  mark.owned = model->owned;
+  return mark;
+}
+
+static void exf__ffn_release(exf_ffn *f);
+
+static void *exf__model_undo(exf_model *model, const exf__mark *mark) {
+  if (!model) return NULL;
+  while (model->n_params > mark->n_params)
+    exf__param_free(model->ctx, model->params[--model->n_params]);
+  while (model->n_ffns > mark->n_ffns) exf__ffn_release(model->ffns[--model->n_ffns]);
+  while (model->owned != mark->owned) {
+    exf__owned *o = model->owned;
+    model->owned = o->next;
+    exf__free(model->ctx, o);
+  }
+  return NULL;
+}
+
 EXF_API exf_tensor *exf_param_new(exf_model *model, const char *name,
                                   const exf_param_desc *desc) {
   exf_param *p;
@@ -5371,6 +5402,7 @@ EXF_API exf_tensor *exf_param_new(exf_model *model, const char *name,
 
 EXF_API exf_status exf_param_alias(exf_model *model, const char *alias,
                                    const char *name) {
+  exf__mark mark = exf__model_mark(model);
   exf__alias *a;
   exf_param *p;
   if (!model) return EXF_ARG;
@@ -5379,7 +5411,10 @@ EXF_API exf_status exf_param_alias(exf_model *model, const char *alias,
   a = (exf__alias *)exf__model_alloc(model, sizeof *a);
   if (!a) return model->ctx->status;
   a->name = (char *)exf__model_alloc(model, strlen(alias) + 1);
-  if (!a->name) return model->ctx->status;
+  if (!a->name) {
+    exf__model_undo(model, &mark);
+    return model->ctx->status;
+  }
   memcpy(a->name, alias, strlen(alias) + 1);
   a->param = p;
   a->next = model->aliases;
@@ -5532,13 +5567,15 @@ static exf_tensor *exf__layer_param(exf_model *model, const char *name, const ch
 
 EXF_API exf_linear_layer *exf_linear_new(exf_model *model, const char *name, size_t in,
                                          size_t out, int bias, double init_std) {
+  exf__mark mark = exf__model_mark(model);
   exf_linear_layer *l = (exf_linear_layer *)exf__model_alloc(model, sizeof *l);
   if (!l) return NULL;
   if (init_std == 0 && in) init_std = 1 / sqrt((double)in);
   l->weight = exf__layer_param(model, name, "weight", exf_shape2(out, in), init_std, 0,
                                1);
   if (bias) l->bias = exf__layer_param(model, name, "bias", exf_shape1(out), 0, 0, 0);
-  return model->ctx->status == EXF_OK ? l : NULL;
+  if (model->ctx->status == EXF_OK) return l;
+  return (exf_linear_layer *)exf__model_undo(model, &mark);
 }
 
 EXF_API exf_tensor *exf_linear_forward(exf_ctx *ctx, const exf_linear_layer *layer,
@@ -5548,13 +5585,15 @@ EXF_API exf_tensor *exf_linear_forward(exf_ctx *ctx, const exf_linear_layer *lay
 
 static exf_norm_layer *exf__norm_new(exf_model *model, const char *name, size_t width,
                                      int bias, double eps, int rms) {
+  exf__mark mark = exf__model_mark(model);
   exf_norm_layer *l = (exf_norm_layer *)exf__model_alloc(model, sizeof *l);
   if (!l) return NULL;
   l->eps = eps;
   l->rms = rms;
   l->weight = exf__layer_param(model, name, "weight", exf_shape1(width), 0, 1, 0);
   if (bias) l->bias = exf__layer_param(model, name, "bias", exf_shape1(width), 0, 0, 0);
-  return model->ctx->status == EXF_OK ? l : NULL;
+  if (model->ctx->status == EXF_OK) return l;
+  return (exf_norm_layer *)exf__model_undo(model, &mark);
 }
 
 EXF_API exf_norm_layer *exf_layernorm_new(exf_model *model, const char *name,
@@ -5659,8 +5698,8 @@ static exf_param *exf__ffn_part(exf_ffn *f, const char *layer, const char *what,
   return t ? t->param : NULL;
 }
 
-EXF_API exf_ffn *exf_ffn_new(exf_model *model, const char *name,
-                             const exf_ffn_desc *desc) {
+static exf_ffn *exf__ffn_make(exf_model *model, const char *name,
+                              const exf_ffn_desc *desc) {
   exf_ffn *f = (exf_ffn *)exf__model_alloc(model, sizeof *f);
   exf_ffn_desc d;
   size_t c, h;
@@ -5697,6 +5736,18 @@ EXF_API exf_ffn *exf_ffn_new(exf_model *model, const char *name,
   if (d.fusion.variant != EXF_DENSE && exf_ffn_upcycle(f, &d.fusion) != EXF_OK)
     return NULL;
   return f;
+}
+
+EXF_API exf_ffn *exf_ffn_new(exf_model *model, const char *name,
+                             const exf_ffn_desc *desc) {
+  exf__mark mark = exf__model_mark(model);
+  exf_ffn *f = exf__ffn_make(model, name, desc);
+  return f ? f : (exf_ffn *)exf__model_undo(model, &mark);
+}
+
+static void exf__ffn_release(exf_ffn *f) {
+  exf__free(f->model->ctx, f->bank.data);
+  exf__free(f->model->ctx, f->routed);
 }
 
 /* ---- weights and forward ------------------------------------------------- >>ffn */
@@ -6083,20 +6134,11 @@ EXF_API exf_fusion_desc exf_ffn_fusion(const exf_ffn *ffn) {
 }
 
 EXF_API void exf_model_free(exf_model *model) {
+  const exf__mark nothing = {0, 0, NULL};
   exf_ctx *ctx;
-  exf__owned *o, *next;
-  size_t i;
   if (!model) return;
   ctx = model->ctx;
-  for (i = 0; i < model->n_params; i++) exf__param_free(ctx, model->params[i]);
-  for (i = 0; i < model->n_ffns; i++) {
-    exf__free(ctx, model->ffns[i]->bank.data);
-    exf__free(ctx, model->ffns[i]->routed);
-  }
-  for (o = model->owned; o; o = next) {
-    next = o->next;
-    exf__free(ctx, o);
-  }
+  exf__model_undo(model, &nothing);
   exf__free(ctx, model->params);
   exf__free(ctx, model->ffns);
   exf__free(ctx, model);
@@ -6169,19 +6211,20 @@ EXF_API exf_attn_layer *exf_attn_new(exf_model *model, const char *qkv_name,
                                      const char *proj_name, size_t width,
                                      size_t n_heads, int causal, int bias,
                                      double init_std, double init_std_out) {
+  exf__mark mark = exf__model_mark(model);
   exf_attn_layer *l = (exf_attn_layer *)exf__model_alloc(model, sizeof *l);
   size_t three;
   if (!l) return NULL;
   if (n_heads == 0 || width % n_heads != 0 || !exf__mul_size(3, width, &three)) {
     exf_fail(model->ctx, EXF_ARG, "attention: width %zu is not divisible by %zu heads",
              width, n_heads);
-    return NULL;
+    return (exf_attn_layer *)exf__model_undo(model, &mark);
   }
   l->n_heads = n_heads;
   l->causal = causal;
   l->qkv = exf_linear_new(model, qkv_name, width, three, bias, init_std);
   l->proj = exf_linear_new(model, proj_name, width, width, bias, init_std_out);
-  return l->proj ? l : NULL;
+  return l->proj ? l : (exf_attn_layer *)exf__model_undo(model, &mark);
 }
 
 EXF_API exf_tensor *exf_attn_forward(exf_ctx *ctx, const exf_attn_layer *l,
@@ -6192,8 +6235,8 @@ EXF_API exf_tensor *exf_attn_forward(exf_ctx *ctx, const exf_attn_layer *l,
   return exf_linear_forward(ctx, l->proj, y);
 }
 
-EXF_API exf_block *exf_block_new(exf_model *model, const char *name,
-                                 const exf_block_desc *desc) {
+static exf_block *exf__block_make(exf_model *model, const char *name,
+                                  const exf_block_desc *desc) {
   static const char *const parts[2][6] = {
       {"ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "c_fc", "c_proj"},
       {"norm1", "attn.qkv", "attn.proj", "norm2", "fc1", "fc2"}};
@@ -6225,6 +6268,13 @@ EXF_API exf_block *exf_block_new(exf_model *model, const char *name,
   if (!exf__join(model->ctx, full, name, "mlp")) return NULL;
   b->ffn = exf_ffn_new(model, full, &f);
   return b->ffn && model->ctx->status == EXF_OK ? b : NULL;
+}
+
+EXF_API exf_block *exf_block_new(exf_model *model, const char *name,
+                                 const exf_block_desc *desc) {
+  exf__mark mark = exf__model_mark(model);
+  exf_block *b = exf__block_make(model, name, desc);
+  return b ? b : (exf_block *)exf__model_undo(model, &mark);
 }
 
 /* x + drop_path(dropout(y)) */
