@@ -5824,6 +5824,8 @@ static void exf__ffn_merge_weights(const exf_ffn *f, exf_real *out) {
 /* What upcycling or merging is about to put in place of an FFN's parameters: everything
    is made first, then put in its place by moves that cannot fail. */
 typedef struct exf__ffn_change {
+  int made;                          /* 0: this FFN stays as it is */
+  exf_fusion_desc fusion;            /* resolved; EXF_DENSE: a merge */
   exf_param *part[EXF__N_PARTS];
   exf_param *weight, *router, *router_bias;
   exf_real *bank, *routed;
@@ -5886,11 +5888,15 @@ static void exf__change_apply(exf_ffn *f, exf__ffn_change *c) {
     exf_param *p = i == 0 ? f->weight : i == 1 ? f->router : f->router_bias;
     if (p) exf__param_insert(m, p, last++);
   }
+  f->fusion = c->fusion;
+  if (c->fusion.variant == EXF_DENSE) {
+    f->trained = 1;
+  } else {
+    f->n_upcycles++;
+    f->bank.shape = exf_shape1(c->fusion.n_experts);
+    f->bank.size = c->fusion.n_experts;
+  }
   exf__change_free(m->ctx, &old);
-}
-
-static int exf__change_room(exf_model *m) {   /* for three parameters more */
-  return exf__grow(m->ctx, &m->params, m->n_params, 3, &m->room);
 }
 
 /* "<ffn>.<what>" */
@@ -6020,59 +6026,43 @@ static exf_param *exf__expert_param(exf_ffn *f, const exf_fusion_desc *d, int pa
   return NULL;
 }
 
-EXF_API exf_status exf_ffn_upcycle(exf_ffn *f, const exf_fusion_desc *desc) {
-  exf_ctx *ctx;
-  exf__ffn_change c;
-  exf_fusion_desc d = *desc;
+static void exf__upcycle_make(exf_ffn *f, const exf_fusion_desc *desc,
+                              exf__ffn_change *c) {
+  exf_ctx *ctx = f->model->ctx;
+  exf_fusion_desc *d = &c->fusion;
   exf_shape shape;
   size_t i, n;
   int k;
-  if (!f) return EXF_ARG;
-  ctx = f->model->ctx;
-  if (ctx->status != EXF_OK) return ctx->status;
-  if (d.variant == EXF_DENSE) return exf_ffn_merge(f);
-  if (f->fusion.variant != EXF_DENSE)
-    return exf_fail(ctx, EXF_STATE, "upcycle: %s already has experts: merge it first",
-                    f->name);
-  if (!exf__fusion_resolve(ctx, &d, !f->trained)) return ctx->status;
-  n = d.n_experts;
+  *d = *desc;
+  if (f->fusion.variant != EXF_DENSE) {
+    exf_fail(ctx, EXF_STATE, "upcycle: %s already has experts: merge it first", f->name);
+    return;
+  }
+  if (!exf__fusion_resolve(ctx, d, !f->trained)) return;
+  n = d->n_experts;
   shape = exf_shape1(n);
-  memset(&c, 0, sizeof c);
   for (k = 0; k < EXF__N_PARTS && ctx->status == EXF_OK; k++)
-    if (f->part[k]) c.part[k] = exf__expert_param(f, &d, k);
-  c.bank = (exf_real *)exf__calloc_n(ctx, n, sizeof(exf_real));
-  c.routed = (exf_real *)exf__calloc_n(ctx, n, sizeof(exf_real));
-  for (i = 0; c.bank && c.routed && i < n; i++)
-    c.bank[i] = c.routed[i] = EXF__R(1.0 / (double)n);
-  if (d.variant == EXF_DW)
-    c.weight = exf__fusion_param(f, "fusion.weight", shape, 0,
-                                 d.dw_softmax ? 0 : 1.0 / (double)n);
-  if (d.variant == EXF_MB) {
-    c.router = exf__fusion_param(f, "router.weight", exf_shape2(n, f->desc.width), 0.02,
-                                 0);
-    c.router_bias = exf__fusion_param(f, "router.bias", shape, 0, 0);
+    if (f->part[k]) c->part[k] = exf__expert_param(f, d, k);
+  c->bank = (exf_real *)exf__calloc_n(ctx, n, sizeof(exf_real));
+  c->routed = (exf_real *)exf__calloc_n(ctx, n, sizeof(exf_real));
+  for (i = 0; c->bank && c->routed && i < n; i++)
+    c->bank[i] = c->routed[i] = EXF__R(1.0 / (double)n);
+  if (d->variant == EXF_DW)
+    c->weight = exf__fusion_param(f, "fusion.weight", shape, 0,
+                                  d->dw_softmax ? 0 : 1.0 / (double)n);
+  if (d->variant == EXF_MB) {
+    c->router = exf__fusion_param(f, "router.weight", exf_shape2(n, f->desc.width), 0.02,
+                                  0);
+    c->router_bias = exf__fusion_param(f, "router.bias", shape, 0, 0);
   }
-  if (ctx->status != EXF_OK || !exf__change_room(f->model)) {
-    exf__change_free(ctx, &c);
-    return ctx->status;
-  }
-  exf__change_apply(f, &c);
-  f->fusion = d;
-  f->n_upcycles++;
-  f->bank.shape = shape;
-  f->bank.size = n;
-  return EXF_OK;
+  c->made = 1;
 }
 
-EXF_API exf_status exf_ffn_merge(exf_ffn *f) {
-  exf_ctx *ctx;
-  exf__ffn_change c;
+static void exf__merge_make(exf_ffn *f, exf__ffn_change *c) {
+  exf_ctx *ctx = f->model->ctx;
   exf_real *a;
   int k;
-  if (!f) return EXF_ARG;
-  ctx = f->model->ctx;
-  if (ctx->status != EXF_OK || f->fusion.variant == EXF_DENSE) return ctx->status;
-  memset(&c, 0, sizeof c);
+  if (f->fusion.variant == EXF_DENSE) return;
   a = (exf_real *)exf__alloc_n(ctx, f->fusion.n_experts, sizeof(exf_real));
   if (a) exf__ffn_merge_weights(f, a);
   for (k = 0; k < EXF__N_PARTS && ctx->status == EXF_OK; k++) {
@@ -6086,37 +6076,54 @@ EXF_API exf_status exf_ffn_merge(exf_ffn *f) {
     d.init_std = e->init_std;
     d.init_value = e->init_value;
     d.decay = e->decay;
-    c.part[k] = exf__param_make(f->model, e->dense_name, &d);
-    if (!c.part[k]) break;
-    exf_param_freeze(c.part[k], e->frozen);
-    exf__fuse_into(ctx, f->fusion.n_experts, c.part[k]->t.size, a, e->t.data,
-                   c.part[k]->t.data);
+    c->part[k] = exf__param_make(f->model, e->dense_name, &d);
+    if (!c->part[k]) break;
+    exf_param_freeze(c->part[k], e->frozen);
+    exf__fuse_into(ctx, f->fusion.n_experts, c->part[k]->t.size, a, e->t.data,
+                   c->part[k]->t.data);
   }
   exf__free(ctx, a);
-  if (ctx->status != EXF_OK) {
-    exf__change_free(ctx, &c);
-    return ctx->status;
+  c->made = 1;
+}
+
+/* Upcycles n FFNs of a model, or merges them (EXF_DENSE): all of them or none. */
+static exf_status exf__ffns_change(exf_model *m, exf_ffn *const *ffns, size_t n,
+                                   const exf_fusion_desc *desc) {
+  exf_ctx *ctx = m->ctx;
+  exf__ffn_change *c;
+  size_t i;
+  if (ctx->status != EXF_OK) return ctx->status;
+  c = (exf__ffn_change *)exf__calloc_n(ctx, n, sizeof *c);
+  if (!c) return ctx->status;
+  for (i = 0; i < n && ctx->status == EXF_OK; i++) {
+    if (desc->variant == EXF_DENSE) exf__merge_make(ffns[i], &c[i]);
+    else exf__upcycle_make(ffns[i], desc, &c[i]);
   }
-  exf__change_apply(f, &c);
-  memset(&f->fusion, 0, sizeof f->fusion);
-  f->trained = 1;
-  return EXF_OK;
+  if (ctx->status == EXF_OK) exf__grow(ctx, &m->params, m->n_params, 3 * n, &m->room);
+  for (i = 0; i < n; i++) {
+    if (ctx->status != EXF_OK) exf__change_free(ctx, &c[i]);
+    else if (c[i].made) exf__change_apply(ffns[i], &c[i]);
+  }
+  exf__free(ctx, c);
+  return ctx->status;
+}
+
+EXF_API exf_status exf_ffn_upcycle(exf_ffn *f, const exf_fusion_desc *desc) {
+  return f ? exf__ffns_change(f->model, &f, 1, desc) : EXF_ARG;
+}
+
+EXF_API exf_status exf_ffn_merge(exf_ffn *f) {
+  const exf_fusion_desc dense = exf_ffn_fusion(NULL);
+  return f ? exf__ffns_change(f->model, &f, 1, &dense) : EXF_ARG;
 }
 
 EXF_API exf_status exf_model_upcycle(exf_model *model, const exf_fusion_desc *desc) {
-  size_t i;
-  if (!model) return EXF_ARG;
-  for (i = 0; i < model->n_ffns && model->ctx->status == EXF_OK; i++)
-    exf_ffn_upcycle(model->ffns[i], desc);
-  return model->ctx->status;
+  return model ? exf__ffns_change(model, model->ffns, model->n_ffns, desc) : EXF_ARG;
 }
 
 EXF_API exf_status exf_model_merge(exf_model *model) {
-  size_t i;
-  if (!model) return EXF_ARG;
-  for (i = 0; i < model->n_ffns && model->ctx->status == EXF_OK; i++)
-    exf_ffn_merge(model->ffns[i]);
-  return model->ctx->status;
+  const exf_fusion_desc dense = exf_ffn_fusion(NULL);
+  return model ? exf__ffns_change(model, model->ffns, model->n_ffns, &dense) : EXF_ARG;
 }
 
 EXF_API size_t exf_model_n_ffns(const exf_model *model) {
