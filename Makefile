@@ -22,7 +22,7 @@ TESTS = $(patsubst tests/%.c,build/tests/%,$(wildcard tests/test_*.c))
 # Tests of the public functions share one compiled implementation; the others, which look
 # behind them, include it. Some are built a second time with EXF_DOUBLE.
 LINKED = build/tests/test_core build/tests/test_exfusion build/tests/test_golden \
-  build/tests/test_optim
+  build/tests/test_optim build/tests/test_power build/tests/torture
 DOUBLES = build/tests/test_ops_double build/tests/test_optim_double \
   build/tests/test_golden_double
 SCRIPTS = $(wildcard tests/test_*.sh)
@@ -97,6 +97,13 @@ bench-torch: build/bench
 interop: build/tests/test_safetensors
 	python3 tests/interop_safetensors.py build/tests/test_safetensors
 
+# A child that saves is killed KILLS times; the power is cut at STATES states of a disk.
+KILLS ?= 2000
+STATES ?= 200000
+torture: build/tests/torture build/tests/test_power
+	build/tests/torture $(KILLS)
+	build/tests/test_power $(STATES)
+
 clean:
 	rm -rf build
 
@@ -112,8 +119,9 @@ help:
 	@echo 'make bench        speed: products, ops, steps, phases ... (PARTS="gemm step")'
 	@echo 'make bench-torch  the steps beside PyTorch (PYTHON="python3 venv/bin/python")'
 	@echo 'make interop      files exchanged with the reference safetensors package'
+	@echo 'make torture      kill -9 and power cuts while saving (KILLS, STATES)'
 	@echo 'make install      exfusion.h to $$(DESTDIR)$$(PREFIX)/include'
 	@echo 'make clean        remove build/'
 	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS'
 
-.PHONY: all demo test quality bench bench-torch interop clean install help
+.PHONY: all demo test quality bench bench-torch interop torture clean install help
