@@ -7703,7 +7703,7 @@ static int exf__st_metadata(exf__st_in *in) {
     exf_pair pair;
     pair.key = exf__st_string(in, NULL);
     if (pair.key == NULL || !exf__st_need(in, ':')) return 0;
-    if (exf__st_peek(in) != '"')
+    if (exf__st_peek(in) != '"' && in->at < in->n)
       return exf__st_fail(in, EXF_FORMAT, "V8", NULL,
                           "header byte %llu: a metadata value is not a string",
                           (unsigned long long)in->at);
