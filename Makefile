@@ -22,7 +22,8 @@ TESTS = $(patsubst tests/%.c,build/tests/%,$(wildcard tests/test_*.c))
 # Tests of the public functions share one compiled implementation; the others, which look
 # behind them, include it. Some are built a second time with EXF_DOUBLE.
 LINKED = build/tests/test_core build/tests/test_exfusion build/tests/test_golden \
-  build/tests/test_optim build/tests/test_power build/tests/torture
+  build/tests/test_malicious build/tests/test_optim build/tests/test_power \
+  build/tests/torture
 DOUBLES = build/tests/test_ops_double build/tests/test_optim_double \
   build/tests/test_golden_double
 SCRIPTS = $(wildcard tests/test_*.sh)

@@ -1,0 +1,91 @@
+/* Hundreds of safetensors files that break one rule each: every one is refused with that
+   rule's number and status, in little memory, and leaves nothing behind.
+     test_malicious --write FOLDER     writes them, to start a fuzzer from */
+#ifdef TEST_LINKED
+#include "../exfusion.h"
+#else
+#define EXFUSION_IMPLEMENTATION
+#include "../exfusion.h"
+#endif
+#include "test.h"
+
+#include "heap.h"
+#include "malicious.h"
+
+enum { N_RULES = 22, MEMORY = 2 << 20 };
+
+typedef struct audit {
+  heap heap;
+  exf_ctx *ctx;
+  const char *folder;
+  size_t files, largest;
+  int of_rule[N_RULES];
+} audit;
+
+static void write_file(audit *a, const malicious *m) {
+  char path[512];
+  snprintf(path, sizeof path, "%s/%04d-%s.safetensors", a->folder, (int)a->files,
+           m->rule);
+  exf_file_save(a->ctx, path, m->data, m->n);
+}
+
+static void visit(void *user, const malicious *m) {
+  audit *a = (audit *)user;
+  size_t held = a->heap.bytes, trailing = 0;
+  int before = test_now.failures;
+  char rule[32];
+  exf_st *st;
+  a->files++;
+  a->of_rule[atoi(m->rule + 1)]++;
+  if (a->folder) {
+    write_file(a, m);
+    return;
+  }
+  snprintf(rule, sizeof rule, "rule %s:", m->rule);
+  heap_arm(&a->heap, 0, 0);
+  st = exf_st_open_memory(a->ctx, m->data, m->n, NULL);
+  CHECK(st == NULL);
+  CHECK(a->heap.bytes == held && a->heap.peak < MEMORY);
+  if (a->heap.peak - held > a->largest) a->largest = a->heap.peak - held;
+  CHECK_ERR(a->ctx, m->status, rule);
+  exf_st_close(st);
+  st = exf_st_open_memory(a->ctx, m->data, m->n, &trailing);   /* excuses V16 alone */
+  CHECK(st == NULL || (strcmp(m->rule, "V16") == 0 && trailing > 0));
+  exf_error_clear(a->ctx);
+  exf_st_close(st);
+  if (test_now.failures > before)
+    printf("  file %d, %s: %.*s\n", (int)a->files, m->rule,
+           (int)(m->n > 8 ? m->n - 8 : 0), m->n > 8 ? (const char *)m->data + 8 : "");
+}
+
+static audit each(const char *folder) {
+  static audit a;
+  exf_desc desc;
+  memset(&a, 0, sizeof a);
+  memset(&desc, 0, sizeof desc);
+  heap_use(&a.heap, &desc);
+  desc.n_threads = 1;
+  a.folder = folder;
+  a.ctx = exf_ctx_new(&desc);
+  malicious_each(visit, &a);
+  if (folder && exf_ctx_status(a.ctx) != EXF_OK) printf("%s\n", exf_error(a.ctx));
+  exf_ctx_free(a.ctx);
+  return a;
+}
+
+TEST(every_malicious_file_is_refused_by_its_rule) {
+  static const int rules[] = {1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18};
+  audit a = each(NULL);
+  size_t i;
+  CHECK(a.files >= 300);
+  for (i = 0; i < LENGTH(rules); i++) CHECK(a.of_rule[rules[i]] >= 3);
+  CHECK(a.heap.n_live == 0 && a.heap.n_bad == 0);
+  printf("%d malicious files, at most %d bytes of memory for one\n", (int)a.files,
+         (int)a.largest);
+}
+
+int main(int argc, char **argv) {
+  if (argc == 3 && strcmp(argv[1], "--write") == 0) return each(argv[2]).files == 0;
+  RUN(every_malicious_file_is_refused_by_its_rule);
+  TEST_MAIN_END;
+}
