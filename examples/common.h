@@ -50,14 +50,16 @@ static inline void progress_clear(void) {
 
 NEVER_RETURNS PRINTS(2, 3)
 static inline void fail(int code, const char *format, ...) {
+  char line[4096], *c;
   va_list args;
   progress_clear();
   fflush(stdout);
-  fprintf(stderr, "%s: ", program_name);
   va_start(args, format);
-  vfprintf(stderr, format, args);
+  vsnprintf(line, sizeof line, format, args);
   va_end(args);
-  fprintf(stderr, "\n");
+  for (c = line; *c; c++)   /* what it quotes may hold anything: one line, no escapes */
+    if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+  fprintf(stderr, "%s: %s\n", program_name, line);
   exit(code);
 }
 
