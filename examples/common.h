@@ -256,6 +256,7 @@ static inline void vocabulary_write(const vocabulary *v, text *t) {
 static inline int vocabulary_read(vocabulary *v, const char *s) {
   char *end;
   v->n = 0;
+  if (*s != '[') return 0;
   do {
     long b = strtol(++s, &end, 10);
     if (end == s || b < 0 || b > 255 || (v->n && b <= v->byte[v->n - 1])) return 0;
@@ -263,7 +264,7 @@ static inline int vocabulary_read(vocabulary *v, const char *s) {
     s = end + strspn(end, " ");
   } while (*s == ',');
   vocabulary_index(v);
-  return *s == ']';
+  return s[0] == ']' && s[1] == 0;
 }
 
 /* Reads the bytes of path; an empty vocabulary becomes theirs, and must then be as large
