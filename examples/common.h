@@ -513,7 +513,8 @@ static inline int choice_name(const char *choices, int index, char *name) {
   size_t n;
   while (index-- > 0) {
     choices = strchr(choices, '|');
-    if (!choices++) return 0;
+    if (!choices) return 0;
+    choices++;
   }
   n = strcspn(choices, "|");
   if (n > 47) n = 47;
