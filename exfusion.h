@@ -3145,7 +3145,9 @@ EXF_API void exf_rewind(exf_ctx *ctx) {
   ctx->free_gbufs = NULL;
 }
 
-EXF_API exf_isa exf_isa_get(const exf_ctx *ctx) { return ctx->k->isa; }
+EXF_API exf_isa exf_isa_get(const exf_ctx *ctx) {
+  return ctx ? ctx->k->isa : EXF_ISA_AUTO;
+}
 
 EXF_API const char *exf_isa_name(exf_isa isa) {
   static const char *const names[] = {"auto", "ref", "sse2", "avx2", "avx512", "neon"};
@@ -3155,6 +3157,7 @@ EXF_API const char *exf_isa_name(exf_isa isa) {
 EXF_API exf_status exf_isa_set(exf_ctx *ctx, exf_isa isa) {
   const exf__kernels *k = isa == EXF_ISA_AUTO ? exf__kernels_best()
                                               : exf__kernels_for(isa);
+  if (!ctx) return EXF_ARG;
   if (!k)
     return exf_fail(ctx, EXF_ARG, "isa: %s is not available on this processor or in "
                     "this build: use auto or ref", exf_isa_name(isa));
@@ -3223,9 +3226,13 @@ EXF_API void exf_error_clear(exf_ctx *ctx) {
   ctx->message[0] = 0;
 }
 
-EXF_API exf_stats exf_ctx_stats(const exf_ctx *ctx) { return ctx->stats; }
-EXF_API int exf_threads_get(const exf_ctx *ctx) { return ctx->n_threads; }
-EXF_API uint64_t exf_seed_get(const exf_ctx *ctx) { return ctx->desc.seed; }
+EXF_API exf_stats exf_ctx_stats(const exf_ctx *ctx) {
+  static const exf_stats none = {0, 0, 0, 0, 0};
+  return ctx ? ctx->stats : none;
+}
+
+EXF_API int exf_threads_get(const exf_ctx *ctx) { return ctx ? ctx->n_threads : 0; }
+EXF_API uint64_t exf_seed_get(const exf_ctx *ctx) { return ctx ? ctx->desc.seed : 0; }
 
 EXF_API int exf_training_set(exf_ctx *ctx, int on) {
   int was = ctx && ctx->training;
@@ -3473,7 +3480,7 @@ EXF_API exf_tensor *exf_tensor_new(exf_ctx *ctx, exf_shape shape, const exf_real
 }
 
 EXF_API exf_tensor *exf_grad_keep(exf_ctx *ctx, exf_tensor *x) {
-  if (!x || x->param) return x;
+  if (!ctx || !x || x->param) return x;
   x->flags |= EXF__KEEP;
   if (!x->node && ctx->grad_on) x->flags |= EXF__NEEDS;
   return x;
@@ -5107,7 +5114,7 @@ EXF_API exf_tensor *exf_dropout(exf_ctx *ctx, exf_tensor *x, double p) {
     exf_fail(ctx, EXF_ARG, "dropout: probability %g must lie in [0, 1)", p);
     return NULL;
   }
-  if (p == 0 || !ctx->training) return x;
+  if (p == 0 || !ctx || !ctx->training) return x;
   return exf__run1(ctx, EXF__OP_DROPOUT, x, p);
 }
 
@@ -5116,7 +5123,7 @@ EXF_API exf_tensor *exf_drop_path(exf_ctx *ctx, exf_tensor *x, double p) {
   exf_tensor *ones;
   exf_shape s = exf_shape0();
   int i;
-  if (!x || (p == 0 || !ctx->training)) return x;
+  if (!ctx || !x || p == 0 || !ctx->training) return x;
   for (s.n = x->shape.n, i = 0; i < s.n; i++) s.dim[i] = i ? 1 : x->shape.dim[0];
   ones = exf_tensor_new(ctx, s, NULL);
   for (i = 0; ones && (size_t)i < ones->size; i++) ones->data[i] = 1;
@@ -5141,8 +5148,9 @@ EXF_API exf_tensor *exf_concat(exf_ctx *ctx, exf_tensor *const *x, int n, int ax
   exf__args a;
   memset(&a, 0, sizeof a);
   a.i = axis;
-  if (n < 1 || n > EXF_MAX_INPUTS) {
-    exf_fail(ctx, EXF_ARG, "concat: %d tensors, must be 1..%d", n, EXF_MAX_INPUTS);
+  if (!x || n < 1 || n > EXF_MAX_INPUTS) {
+    exf_fail(ctx, EXF_ARG, "concat: %d tensors, must be 1..%d", x ? n : 0,
+             EXF_MAX_INPUTS);
     return NULL;
   }
   return exf__run(ctx, EXF__OP_CONCAT, x, n, &a);
@@ -5205,7 +5213,8 @@ EXF_API exf_tensor *exf_custom(exf_ctx *ctx, const exf_custom_desc *desc,
                                exf_tensor *const *in, int n) {
   exf__args a;
   memset(&a, 0, sizeof a);
-  if (!desc || !desc->forward || !desc->backward || n < 1 || n > EXF_MAX_INPUTS) {
+  if (!desc || !desc->forward || !desc->backward || !in || n < 1
+      || n > EXF_MAX_INPUTS) {
     exf_fail(ctx, EXF_ARG, "custom: needs forward, backward and 1..%d inputs",
              EXF_MAX_INPUTS);
     return NULL;
@@ -5241,7 +5250,12 @@ struct exf_model {
 typedef char exf__name[256];
 
 static int exf__join(exf_ctx *ctx, exf__name out, const char *a, const char *b) {
-  int n = snprintf(out, sizeof(exf__name), *a ? "%s.%s" : "%s%s", a, b);
+  int n;
+  if (!a) {
+    exf_fail(ctx, EXF_ARG, "name: it is NULL");
+    return 0;
+  }
+  n = snprintf(out, sizeof(exf__name), *a ? "%s.%s" : "%s%s", a, b);
   if (n > 0 && (size_t)n < sizeof(exf__name)) return 1;
   exf_fail(ctx, EXF_ARG, "name: '%.60s...' is longer than %d bytes", a,
            (int)sizeof(exf__name) - 1);
@@ -5385,6 +5399,10 @@ EXF_API exf_tensor *exf_param_new(exf_model *model, const char *name,
                                   const exf_param_desc *desc) {
   exf_param *p;
   if (!model || model->ctx->status != EXF_OK) return NULL;
+  if (!desc) {
+    exf_fail(model->ctx, EXF_ARG, "param: the descriptor is NULL");
+    return NULL;
+  }
   if (!name || !*name || exf_model_find(model, name)) {
     exf_fail(model->ctx, EXF_ARG, "param: the name '%s' is %s", name ? name : "",
              name && *name ? "already taken" : "empty");
@@ -5407,7 +5425,10 @@ EXF_API exf_status exf_param_alias(exf_model *model, const char *alias,
   exf_param *p;
   if (!model) return EXF_ARG;
   p = exf_model_find(model, name);
-  if (!p) return exf_fail(model->ctx, EXF_ARG, "alias: no parameter '%s'", name);
+  if (!p)
+    return exf_fail(model->ctx, EXF_ARG, "alias: no parameter '%s'", name ? name : "");
+  if (!alias || !*alias)
+    return exf_fail(model->ctx, EXF_ARG, "alias: the new name is empty");
   a = (exf__alias *)exf__model_alloc(model, sizeof *a);
   if (!a) return model->ctx->status;
   a->name = (char *)exf__model_alloc(model, strlen(alias) + 1);
@@ -5703,7 +5724,9 @@ static exf_ffn *exf__ffn_make(exf_model *model, const char *name,
   exf_ffn *f = (exf_ffn *)exf__model_alloc(model, sizeof *f);
   exf_ffn_desc d;
   size_t c, h;
-  if (!f || !(f->name = (char *)exf__model_alloc(model, strlen(name) + 1))) return NULL;
+  if (f && (!name || !desc))
+    exf_fail(model->ctx, EXF_ARG, "ffn: the name or the descriptor is NULL");
+  if (!f || !name || !desc || !(f->name = (char *)exf__model_alloc(model, strlen(name) + 1))) return NULL;
   memcpy(f->name, name, strlen(name) + 1);
   d = *desc;
   if (d.hidden == 0 && !exf__mul_size(4, d.width, &d.hidden)) d.hidden = SIZE_MAX;
@@ -6093,6 +6116,7 @@ static exf_status exf__ffns_change(exf_model *m, exf_ffn *const *ffns, size_t n,
   exf__ffn_change *c;
   size_t i;
   if (ctx->status != EXF_OK) return ctx->status;
+  if (!desc) return exf_fail(ctx, EXF_ARG, "upcycle: the descriptor is NULL");
   c = (exf__ffn_change *)exf__calloc_n(ctx, n, sizeof *c);
   if (!c) return ctx->status;
   for (i = 0; i < n && ctx->status == EXF_OK; i++) {
@@ -6159,8 +6183,10 @@ static exf_real exf__mean_weight(const exf_param *p, size_t i) {
 }
 
 EXF_API exf_status exf_expert_grad(exf_param *p, exf_real *out) {
-  exf_ctx *ctx = p->model->ctx;
+  exf_ctx *ctx;
   size_t i, n;
+  if (!p || !out) return EXF_ARG;
+  ctx = p->model->ctx;
   if (!p->has_grad)
     return exf_fail(ctx, EXF_STATE, "expert_grad: '%s' has no gradient: call "
                     "exf_backward first", p->name);
@@ -6280,7 +6306,13 @@ static exf_block *exf__block_make(exf_model *model, const char *name,
 EXF_API exf_block *exf_block_new(exf_model *model, const char *name,
                                  const exf_block_desc *desc) {
   exf__mark mark = exf__model_mark(model);
-  exf_block *b = exf__block_make(model, name, desc);
+  exf_block *b;
+  if (!model || model->ctx->status != EXF_OK) return NULL;
+  if (!desc) {
+    exf_fail(model->ctx, EXF_ARG, "block: the descriptor is NULL");
+    return NULL;
+  }
+  b = exf__block_make(model, name, desc);
   return b ? b : (exf_block *)exf__model_undo(model, &mark);
 }
 
@@ -6335,10 +6367,14 @@ EXF_API void exf_kv_free(exf_kv *kv) {
   exf__free(kv->ctx, kv);
 }
 
-EXF_API void exf_kv_reset(exf_kv *kv) { kv->length = 0; }
-EXF_API size_t exf_kv_length(const exf_kv *kv) { return kv->length; }
+EXF_API void exf_kv_reset(exf_kv *kv) {
+  if (kv) kv->length = 0;
+}
+
+EXF_API size_t exf_kv_length(const exf_kv *kv) { return kv ? kv->length : 0; }
+
 EXF_API void exf_kv_advance(exf_kv *kv, size_t t) {
-  kv->length = EXF__MIN(kv->capacity, kv->length + t);
+  if (kv) kv->length += EXF__MIN(t, kv->capacity - kv->length);
 }
 
 typedef struct exf__cached_work {
@@ -6365,7 +6401,11 @@ EXF_API exf_tensor *exf_attention_cached(exf_ctx *ctx, exf_tensor *qkv, size_t n
   exf_shape shape;
   exf_real *keys, *values;
   size_t i, c, bytes;
-  if (!qkv || !kv || ctx->status != EXF_OK) return NULL;
+  if (!ctx || !qkv || ctx->status != EXF_OK) return NULL;
+  if (!kv) {
+    exf_fail(ctx, EXF_ARG, "attention_cached: the cache is NULL");
+    return NULL;
+  }
   c = kv->width;
   if (qkv->shape.n != 3 || qkv->shape.dim[0] != 1 || qkv->shape.dim[2] != 3 * c
       || n_heads == 0 || c % n_heads != 0 || layer >= kv->n_layers
@@ -6452,6 +6492,10 @@ EXF_API exf_optim *exf_optim_new(exf_model *model, const exf_optim_desc *desc) {
   size_t i;
   if (!model || model->ctx->status != EXF_OK) return NULL;
   ctx = model->ctx;
+  if (!desc) {
+    exf_fail(ctx, EXF_ARG, "optim: the descriptor is NULL");
+    return NULL;
+  }
   d = *desc;
   if (d.beta1 == 0) d.beta1 = 0.9;
   if (d.beta2 == 0) d.beta2 = 0.999;
@@ -6663,6 +6707,7 @@ EXF_API exf_status exf_optim_step(exf_optim *o, double lr, double *norm) {
 
 EXF_API double exf_schedule_lr(const exf_schedule *s, uint64_t step) {
   double span, x;
+  if (!s) return 0;
   if (step < s->warmup) return s->lr * (double)(step + 1) / (double)(s->warmup + 1);
   if (s->kind == EXF_SCHEDULE_CONSTANT) return s->lr;
   span = s->steps > s->warmup ? (double)(s->steps - s->warmup) : 1;
@@ -6674,7 +6719,7 @@ EXF_API double exf_schedule_lr(const exf_schedule *s, uint64_t step) {
 EXF_API double exf_expert_decay(const exf_schedule *s, double weight_decay) {
   double left = 1;
   uint64_t t;
-  for (t = 0; t < s->steps; t++) left *= 1 - exf_schedule_lr(s, t) * weight_decay;
+  for (t = 0; s && t < s->steps; t++) left *= 1 - exf_schedule_lr(s, t) * weight_decay;
   return left;
 }
 
