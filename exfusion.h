@@ -5779,6 +5779,11 @@ static void exf__ffn_release(exf_ffn *f) {
 static exf_tensor *exf__ffn_route(exf_ctx *ctx, const exf_ffn *f, exf_tensor *x) {
   exf_tensor *u, *l, *r;
   if (!x) return NULL;
+  if (x->shape.n < 1 || x->shape.dim[x->shape.n - 1] != f->desc.width) {
+    exf_fail(ctx, EXF_SHAPE, "ffn: '%s' takes (..,%zu), not %s", f->name, f->desc.width,
+             exf__show(&x->shape).s);
+    return NULL;
+  }
   u = exf_mean(ctx, x, EXF_AXIS(x->shape.n - 1) - 1u, 0);
   if (!f->fusion.attach) u = exf_detach(ctx, u);
   l = exf_linear(ctx, u, &f->router->t, &f->router_bias->t);
@@ -8419,9 +8424,14 @@ EXF_API void exf_st_free_memory(exf_ctx *ctx, unsigned char *data) {
 /* User metadata with the members this library adds: "format" always, extra when given. */
 static exf_pair *exf__meta_join(exf_ctx *ctx, const exf_pair *meta, size_t n_meta,
                                 const exf_pair *extra, size_t *n) {
-  exf_pair *all = (exf_pair *)exf__alloc_n(ctx, n_meta + 2, sizeof *all);
+  exf_pair *all;
   size_t i;
   *n = 0;
+  if (!meta && n_meta) {
+    exf_fail(ctx, EXF_ARG, "save: meta is NULL, its number is not 0");
+    return NULL;
+  }
+  all = (exf_pair *)exf__alloc_n(ctx, n_meta + 2, sizeof *all);
   if (!all) return NULL;
   for (i = 0; i < n_meta; i++) all[(*n)++] = meta[i];
   for (i = 0; i < n_meta; i++)
