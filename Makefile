@@ -105,6 +105,16 @@ torture: build/tests/torture build/tests/test_power
 	build/tests/torture $(KILLS)
 	build/tests/test_power $(STATES)
 
+# The same damaged files to this reader and to the reference package. PYTHON has it.
+PYTHON ?= python3
+FILES ?= 100000
+differential: build/tests/test_malicious
+	@rm -rf build/fuzz/malicious && mkdir -p build/fuzz/malicious
+	build/tests/test_malicious --write build/fuzz/malicious
+	$(COMPILE) -shared -fPIC tests/differential.c -o build/tests/differential.so -lm
+	$(PYTHON) tests/differential_safetensors.py build/tests/differential.so \
+	  build/fuzz/malicious $(FILES)
+
 clean:
 	rm -rf build
 
@@ -120,9 +130,10 @@ help:
 	@echo 'make bench        speed: products, ops, steps, phases ... (PARTS="gemm step")'
 	@echo 'make bench-torch  the steps beside PyTorch (PYTHON="python3 venv/bin/python")'
 	@echo 'make interop      files exchanged with the reference safetensors package'
+	@echo 'make differential   100,000 damaged files, compared with the reference (FILES)'
 	@echo 'make torture      kill -9 and power cuts while saving (KILLS, STATES)'
 	@echo 'make install      exfusion.h to $$(DESTDIR)$$(PREFIX)/include'
 	@echo 'make clean        remove build/'
 	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS'
 
-.PHONY: all demo test quality bench bench-torch interop torture clean install help
+.PHONY: all demo test quality bench bench-torch interop torture differential clean install help
