@@ -1076,13 +1076,32 @@ extern "C" {
 #define EXF__ARM 0
 #endif
 
-/* One rounding for a*b+c, in float; in double the reference loops need no fixed bits. */
+/* One rounding for a*b+c, in float; in double the reference loops need no fixed bits.
+   Where the compiler has no instruction for it, libm's fmaf may be wrong in the last bit
+   (that of mingw-w64 is): then it is ours. */
 #ifdef EXF_DOUBLE
 #define EXF__FMA(a, b, c) ((a) * (b) + (c))
 #define EXF__SQRT(x) sqrt(x)
 #define EXF__FABS(x) fabs(x)
 #else
+#ifdef __FP_FAST_FMAF
 #define EXF__FMA(a, b, c) fmaf((a), (b), (c))
+#else
+#define EXF__FMA(a, b, c) exf__fma((a), (b), (c))
+/* The product is exact in double; the sum s is rounded to odd, by its error e (Knuth's
+   two-sum), so that rounding it again to float is right (Boldo, Melquiond). */
+static float exf__fma(float a, float b, float c) {
+  double p = (double)a * (double)b, s = p + (double)c, t = s - p;
+  double e = (p - (s - t)) + ((double)c - t);
+  uint64_t bits;
+  memcpy(&bits, &s, sizeof bits);
+  if (!(bits & 1) && (e > 0 || e < 0)) {
+    bits += (e > 0) == (s > 0) ? 1 : UINT64_MAX;
+    memcpy(&s, &bits, sizeof s);
+  }
+  return (float)s;
+}
+#endif
 #define EXF__SQRT(x) sqrtf(x)
 #define EXF__FABS(x) fabsf(x)
 #endif
@@ -1303,12 +1322,12 @@ static double exf__pow_d(double b, uint64_t n) {
 
 /* x = n ln 2 + r, |r| <= ln(2)/2; *p = (e^r - 1 - r) / r^2. Returns n. |x| < 2^20. */
 static int exf__reduce(float x, float *r, float *p) {
-  float n = fmaf(x, EXF__LOG2E, EXF__MAGIC) - EXF__MAGIC, s;
-  *r = fmaf(n, -EXF__LN2_LO, fmaf(n, -EXF__LN2_HI, x));
-  s = fmaf(EXF__E4, *r, EXF__E3);
-  s = fmaf(s, *r, EXF__E2);
-  s = fmaf(s, *r, EXF__E1);
-  *p = fmaf(s, *r, EXF__E0);
+  float n = EXF__FMA(x, EXF__LOG2E, EXF__MAGIC) - EXF__MAGIC, s;
+  *r = EXF__FMA(n, -EXF__LN2_LO, EXF__FMA(n, -EXF__LN2_HI, x));
+  s = EXF__FMA(EXF__E4, *r, EXF__E3);
+  s = EXF__FMA(s, *r, EXF__E2);
+  s = EXF__FMA(s, *r, EXF__E1);
+  *p = EXF__FMA(s, *r, EXF__E0);
   return (int)n;
 }
 
@@ -1325,7 +1344,7 @@ static float exf__exp(float x) {
   if (!(x == x)) return x;
   x = EXF__MAX(EXF__MIN(x, 89.0f), -104.0f);
   n = exf__reduce(x, &r, &p);
-  p = fmaf(fmaf(p, r, 1.0f), r, 1.0f);
+  p = EXF__FMA(EXF__FMA(p, r, 1.0f), r, 1.0f);
   /* two factors: the result may be infinite or subnormal */
   return p * exf__pow2(n >> 1) * exf__pow2(n - (n >> 1));
 }
@@ -1334,7 +1353,7 @@ static float exf__exp(float x) {
 static float exf__expm1(float x) {
   float r, p, s;
   s = exf__pow2(exf__reduce(x, &r, &p));
-  return fmaf(s, fmaf(r * r, p, r), s - 1.0f);
+  return EXF__FMA(s, EXF__FMA(r * r, p, r), s - 1.0f);
 }
 
 /* t = tanh |x| = -u / d, d = u + 2, u = e^-2|x| - 1; then one correction by the residual
@@ -1346,22 +1365,22 @@ static float exf__tanh(float x) {
   d = u + 2.0f;
   e = u - (d - 2.0f);
   t = -u / d;
-  r = fmaf(-t, e, fmaf(-t, d, -u));
-  return copysignf(fmaf(r, fmaf(0.5f, t, 0.5f), t), x);
+  r = EXF__FMA(-t, e, EXF__FMA(-t, d, -u));
+  return copysignf(EXF__FMA(r, EXF__FMA(0.5f, t, 0.5f), t), x);
 }
 
 static float exf__erf(float x) {
   float y, q;
   if (!(x == x)) return x;
   y = EXF__MIN(fabsf(x), 4.0f);
-  q = fmaf(EXF__Q8, y, EXF__Q7);
-  q = fmaf(q, y, EXF__Q6);
-  q = fmaf(q, y, EXF__Q5);
-  q = fmaf(q, y, EXF__Q4);
-  q = fmaf(q, y, EXF__Q3);
-  q = fmaf(q, y, EXF__Q2);
-  q = fmaf(q, y, EXF__Q1);
-  q = fmaf(q, y, EXF__Q0);
+  q = EXF__FMA(EXF__Q8, y, EXF__Q7);
+  q = EXF__FMA(q, y, EXF__Q6);
+  q = EXF__FMA(q, y, EXF__Q5);
+  q = EXF__FMA(q, y, EXF__Q4);
+  q = EXF__FMA(q, y, EXF__Q3);
+  q = EXF__FMA(q, y, EXF__Q2);
+  q = EXF__FMA(q, y, EXF__Q1);
+  q = EXF__FMA(q, y, EXF__Q0);
   return copysignf(exf__expm1(-(q * y)), x);
 }
 
