@@ -356,8 +356,9 @@
    One context per thread; inside, OpenMP splits large ops over exf_desc.n_threads. What
    is split is always an output, never a sum, and sums have a fixed order. So the bits do
    not depend on the number of threads, and not on AVX2, AVX-512, NEON or the reference
-   kernels. SSE2, which has no fused multiply-add, and EXF_DOUBLE have bits of their own.
-   exp, log, tanh and erf are ours; from libm only sqrt and fma reach a weight.
+   kernels. SSE2, which has no fused multiply-add, EXF_DOUBLE, and 32-bit x86 by GCC
+   without -msse2 -mfpmath=sse have bits of their own.
+   exp, log, tanh and erf are ours; from libm only sqrt reaches a weight.
    Random numbers are a function of (seed, stream, step, index), with streams named after
    parameters: evaluation, logging, resuming and threads cannot disturb training.
    A merged or dense model is read-only in evaluation: several threads may run it at once,
@@ -1049,6 +1050,9 @@ extern "C" {
 #elif defined(__GNUC__)
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
+#if __FLT_EVAL_METHOD__ == 1 /* s390x: -std=c99 would compute floats in double */
+#pragma GCC optimize("excess-precision=fast")
+#endif
 #endif
 
 #if !defined(EXF_NO_OPENMP) && defined(_OPENMP)
