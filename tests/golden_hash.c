@@ -339,6 +339,14 @@ static int flush_subnormals(void) {
 #endif
 }
 
+static int isa_available(exf_isa isa) {
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  int ok = exf_isa_set(ctx, isa) == EXF_OK;
+  exf_ctx_free(ctx);
+  option_isa = isa;
+  return ok;
+}
+
 static int option_read(const char *arg) {
   int isa;
   if (strncmp(arg, "threads=", 8) == 0) option_threads = atoi(arg + 8);
@@ -348,8 +356,9 @@ static int option_read(const char *arg) {
   else if (strcmp(arg, "each") == 0) option_each = 1;
   else {
     for (isa = EXF_ISA_REF; isa <= EXF_ISA_NEON; isa++)
-      if (strcmp(arg, exf_isa_name((exf_isa)isa)) == 0) option_isa = (exf_isa)isa;
-    return option_isa != EXF_ISA_AUTO;
+      if (strcmp(arg, exf_isa_name((exf_isa)isa)) == 0)
+        return isa_available((exf_isa)isa);
+    return 0;
   }
   return 1;
 }
