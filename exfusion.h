@@ -8172,12 +8172,14 @@ static void exf__json_string(exf__json *t, const char *s) {
   exf__json_char(t, '"');
 }
 
+static int exf__st_fits(uint64_t n) { return n <= EXF__ST_MAX_INTEGER; }
+
 /* The number of elements, checked as in rule V13. */
 static int exf__st_size(const exf_shape *shape, size_t *n) {
   size_t product = 1;
   int i, empty = 0;
   for (i = 0; i < shape->n; i++) {
-    if ((uint64_t)shape->dim[i] > EXF__ST_MAX_INTEGER) return 0;
+    if (!exf__st_fits(shape->dim[i])) return 0;
     if (shape->dim[i] == 0) empty = 1;
     else if (!exf__mul_size(product, shape->dim[i], &product)) return 0;
   }
@@ -8243,7 +8245,7 @@ static exf_status exf__st_check_item(exf__st_plan *p, const exf_st_item *item) {
     return exf__st_refuse(p, EXF_SHAPE, "V18", "tensor", name, "has too many axes");
   if (!exf__st_size(&item->shape, &n)
       || !exf__add_size(p->data_bytes, n * sizeof(exf_real), &p->data_bytes)
-      || (uint64_t)p->data_bytes > EXF__ST_MAX_INTEGER)
+      || !exf__st_fits(p->data_bytes))
     return exf__st_refuse(p, EXF_SIZE, "V13", "tensor", name, "makes the file too large");
   if (item->data == NULL && n > 0)
     return exf__st_refuse(p, EXF_ARG, "V13", "tensor", name, "has no data");
