@@ -24,6 +24,7 @@ TESTS = $(patsubst tests/%.c,build/tests/%,$(wildcard tests/test_*.c))
 LINKED = build/tests/test_core build/tests/test_exfusion build/tests/test_golden \
   build/tests/test_malicious build/tests/test_optim build/tests/test_power \
   build/tests/torture
+  build/tests/test_optim build/tests/test_resume
 DOUBLES = build/tests/test_ops_double build/tests/test_optim_double \
   build/tests/test_golden_double
 SCRIPTS = $(wildcard tests/test_*.sh)
@@ -49,6 +50,8 @@ build/tests/exfusion.o: exfusion.h
 	  > build/tests/exfusion.c
 	$(COMPILE) -c build/tests/exfusion.c -o $@ 2> build/tests/exfusion.warnings \
 	  || { cat build/tests/exfusion.warnings; exit 1; }
+
+build/tests/test_resume: $(wildcard examples/*.h) examples/charlm.c
 
 $(LINKED): build/tests/%: tests/%.c build/tests/exfusion.o $(HEADERS)
 	@mkdir -p build/tests
