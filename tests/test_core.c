@@ -661,6 +661,62 @@ TEST(merged_model_is_shared_by_contexts) {
   exf_ctx_free(ctx);
 }
 
+/* Everything a step writes is in its context: trainings in several threads at once end
+   like the same trainings one after the other. */
+typedef struct trainer {
+  int variant;
+  char path[64];
+  exf_ctx *ctx;
+  tiny_gpt g;
+} trainer;
+static void *train_alone(void *arg) {
+  trainer *t = (trainer *)arg;
+  tiny_desc d = tiny_defaults();
+  exf_optim *optim;
+  exf_st *st;
+  d.dropout = 0.1;
+  d.fusion = tiny_variant(t->variant, 3);
+  t->ctx = new_ctx(1, EXF_ISA_AUTO);
+  t->g = tiny_new(t->ctx, &d);
+  optim = tiny_adamw(t->g.model);
+  tiny_train(t->ctx, &t->g, optim, 0, 4, 1e-2);
+  exf_checkpoint_save(t->g.model, optim, t->path, NULL, 0);
+  st = exf_st_open(t->ctx, t->path, NULL);
+  exf_checkpoint_load(t->g.model, optim, st);
+  exf_st_close(st);
+  tiny_train(t->ctx, &t->g, optim, 4, 4, 1e-2);
+  exf_optim_free(optim);
+  exf_model_merge(t->g.model);
+  return NULL;
+}
+TEST(contexts_train_at_once) {
+  trainer t[4];
+  int i;
+#if HAVE_THREADS
+  pthread_t thread[2];
+#endif
+  for (i = 0; i < 4; i++) {      /* 0 and 1 at once; 2 and 3 the same, in order */
+    t[i].variant = i % 2 ? 6 : 4;
+    snprintf(t[i].path, sizeof t[i].path, TEST_TMP "/core.at-once.%d", i);
+#if HAVE_THREADS
+    if (i < 2) {
+      if (!CHECK(pthread_create(&thread[i], NULL, train_alone, &t[i]) == 0)) return;
+      continue;
+    }
+#endif
+    train_alone(&t[i]);
+  }
+#if HAVE_THREADS
+  for (i = 0; i < 2; i++) pthread_join(thread[i], NULL);
+#endif
+  for (i = 0; i < 2; i++) CHECK(same_params(t[i].g.model, t[i + 2].g.model));
+  for (i = 0; i < 4; i++) {
+    CHECK_OK(t[i].ctx);
+    exf_model_free(t[i].g.model);
+    exf_ctx_free(t[i].ctx);
+  }
+}
+
 /* ---- resuming -------------------------------------------------------------------- */
 
 #define CHECKPOINT TEST_TMP "/core.checkpoint"
@@ -777,6 +833,7 @@ int main(void) {
   RUN(detach_is_a_constant);
   RUN(cached_generation_equals_the_full_forward);
   RUN(merged_model_is_shared_by_contexts);
+  RUN(contexts_train_at_once);
   RUN(checkpoints_continue_bit_for_bit);
   RUN(checkpoint_of_another_model_is_refused);
   TEST_MAIN_END;
