@@ -5,6 +5,9 @@ CXX ?= c++
 CFLAGS ?= -O2
 PREFIX ?= /usr/local
 JOBS ?= 2
+ROWS = .
+N = 200
+SEED = 1
 
 # OpenMP when this compiler can link it; without, everything runs on one thread.
 OPENMP := $(shell mkdir -p build && \
@@ -117,6 +120,25 @@ differential: build/tests/test_malicious
 	$(COMPILE) -shared -fPIC tests/differential.c -o build/tests/differential.so -lm
 	$(PYTHON) tests/differential_safetensors.py build/tests/differential.so \
 	  build/fuzz/malicious $(FILES)
+# Every configuration compiles tests/golden_hash.c, runs it, and gets the same hash.
+# ROWS: a pattern of rows.
+matrix:
+	@sh tests/matrix.sh "$(ROWS)"
+print-linked:
+	@echo $(notdir $(LINKED))
+# All test programs under ASan with LSan, UBSan, MSan and TSan, without OpenMP; the quick
+# ones under valgrind. No suppressions.
+sanitize:
+	@sh tests/sanitize.sh
+# gcc -fanalyzer, clang-tidy, cppcheck; what is switched off stands in the script.
+analyze:
+	@CC="$(CC)" sh tests/analyze.sh
+# Lines and branches of exfusion.h that `make test` executes, by section.
+coverage:
+	@python3 tests/coverage.py
+# N small changes to exfusion.h, one at a time: how many do the tests notice?
+mutate:
+	@python3 tests/mutate.py -n $(N) --seed $(SEED)
 
 clean:
 	rm -rf build
@@ -135,8 +157,13 @@ help:
 	@echo 'make interop      files exchanged with the reference safetensors package'
 	@echo 'make differential   100,000 damaged files, compared with the reference (FILES)'
 	@echo 'make torture      kill -9 and power cuts while saving (KILLS, STATES)'
+	@echo 'make matrix       60 and more compilers, options and platforms: one hash (an hour)'
+	@echo 'make sanitize     all tests under ASan, UBSan, MSan, TSan; some under valgrind'
+	@echo 'make analyze      gcc -fanalyzer, clang-tidy, cppcheck'
+	@echo 'make coverage     lines and branches of exfusion.h, by section'
+	@echo 'make mutate N=200 how many small changes to exfusion.h the tests notice'
 	@echo 'make install      exfusion.h to $$(DESTDIR)$$(PREFIX)/include'
 	@echo 'make clean        remove build/'
-	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS'
+	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS ROWS N SEED'
 
-.PHONY: all demo test quality bench bench-torch interop torture differential clean install help
+.PHONY: all demo test quality bench bench-torch interop torture differential matrix print-linked sanitize \ analyze coverage mutate clean install help
