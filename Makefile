@@ -158,6 +158,7 @@ help:
 	@echo 'make differential   100,000 damaged files, compared with the reference (FILES)'
 	@echo 'make torture      kill -9 and power cuts while saving (KILLS, STATES)'
 	@echo 'make matrix       60 and more compilers, options and platforms: one hash (an hour)'
+	@echo 'make matrix       compilers, options, platforms: one hash everywhere (long)'
 	@echo 'make sanitize     all tests under ASan, UBSan, MSan, TSan; some under valgrind'
 	@echo 'make analyze      gcc -fanalyzer, clang-tidy, cppcheck'
 	@echo 'make coverage     lines and branches of exfusion.h, by section'

@@ -148,14 +148,14 @@ row "shared library" fma gcc "gcc -std=c99 -O1 $warn -fPIC $api -shared $dir/imp
 
 # ---- instruction sets and threads
 for cc in gcc clang; do
-  for isa in ref avx2 avx512; do one "$cc, $isa" fma "$cc -std=c99 -O2" $isa; done
-  one "$cc, sse2" nofma "$cc -std=c99 -O2" sse2
+  for isa in ref avx2 avx512; do one "$cc, $isa" fma "$cc -std=c99 -O1" $isa; done
+  one "$cc, sse2" nofma "$cc -std=c99 -O1" sse2
   one "$cc -O0, sse2" nofma "$cc -std=c99 -O0" sse2
   for t in 1 2 3 8; do
-    one "$cc -fopenmp, $t threads" fma "$cc -std=c99 -O2 -fopenmp" threads=$t
+    one "$cc -fopenmp, $t threads" fma "$cc -std=c99 -O1 -fopenmp" threads=$t
   done
 done
-one "a processor without AVX2" nofma "gcc -std=c99 -O2 -static" "" \
+one "a processor without AVX2" nofma "gcc -std=c99 -O1 -static" "" \
   "qemu-x86_64 -cpu qemu64"
 
 # ---- options
