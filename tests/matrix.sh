@@ -82,8 +82,9 @@ link() {
   impl="-std=c99 $dir/impl.c" user="-std=c99 $src"
   case $2 in *++) impl="-std=c++11 $dir/impl.cpp" ;; esac
   case $3 in *++) user="-std=c++11 -Itests $dir/user.cpp" ;; esac
-  row "$1" fma "$2 $3" "$2 -O1 $warn -c $impl -o \$exe.o \
-    && $3 -O1 $warn $tmp -DTEST_LINKED $user \$exe.o -o \$exe -lm" "\$exe"
+  object=$dir/impl-$2.o
+  row "$1" fma "$2 $3" "{ [ -f $object ] || $2 -O1 $warn -c $impl -o $object; } \
+    && $3 -O1 $warn $tmp -DTEST_LINKED $user $object -o \$exe -lm" "\$exe"
 }
 
 cat > $dir/probe.c <<'END'
