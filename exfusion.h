@@ -953,6 +953,7 @@ EXF_API exf_ema *exf_ema_new(exf_model *model, double decay);
 EXF_API void exf_ema_free(exf_ema *ema);
 EXF_API exf_status exf_ema_update(exf_ema *ema);  /* e <- decay e + (1 - decay) th */
 EXF_API exf_status exf_ema_copy_to(const exf_ema *ema, exf_model *dense);
+EXF_API exf_status exf_ema_copy_from(exf_ema *ema, const exf_model *dense); /* resuming */
 
 /* ---- safetensors and checkpoints ------------------------------------------ >>io */
 
@@ -6918,6 +6919,20 @@ EXF_API exf_status exf_ema_copy_to(const exf_ema *e, exf_model *dense) {
       return exf_fail(dense->ctx, EXF_MISMATCH, "ema: the model has no '%s' of shape %s",
                       s->name, exf__show(&s->shape).s);
     memcpy(p->t.data, s->data, p->t.size * sizeof(exf_real));
+  }
+  return EXF_OK;
+}
+
+EXF_API exf_status exf_ema_copy_from(exf_ema *e, const exf_model *dense) {
+  size_t i;
+  if (!e || !dense) return EXF_ARG;
+  for (i = 0; i < e->n; i++) {
+    exf__average *s = &e->avg[i];
+    exf_param *p = exf_model_find(dense, s->name);
+    if (!p || !exf__same(&p->t.shape, &s->shape))
+      return exf_fail(dense->ctx, EXF_MISMATCH, "ema: the model has no '%s' of shape %s",
+                      s->name, exf__show(&s->shape).s);
+    memcpy(s->data, p->t.data, p->t.size * sizeof(exf_real));
   }
   return EXF_OK;
 }

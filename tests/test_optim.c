@@ -371,10 +371,11 @@ TEST(average_of_the_fused_parameters) {
   exf_ctx *ctx = exf_ctx_new(NULL);
   tiny_desc d = tiny_defaults(), plain;
   exf_optim *optim;
-  exf_ema *ema;
+  exf_ema *ema, *again;
   tiny_gpt g, dense;
   exf_tensor *e, *w, *a, *out, *out_w;
   double want[32 * 16], wte[11 * 16];
+  exf_real first[32 * 16];
   size_t i, j, n = 32 * 16;
   int s;
   d.fusion = tiny_variant(2, 3);
@@ -408,7 +409,15 @@ TEST(average_of_the_fused_parameters) {
   if (!CHECK(out != NULL && out->size == n)) return;
   for (j = 0; j < n; j++) CHECK_NEAR(out->data[j], want[j], NEAR);
   for (j = 0; j < 11 * 16; j++) CHECK_NEAR(out_w->data[j], wte[j], NEAR);
+  again = exf_ema_new(g.model, 0.8);             /* resumes from what was copied out */
+  CHECK(exf_ema_copy_from(again, dense.model) == EXF_OK);
+  CHECK(exf_ema_update(ema) == EXF_OK && exf_ema_update(again) == EXF_OK);
+  CHECK(exf_ema_copy_to(ema, dense.model) == EXF_OK);
+  for (j = 0; j < n; j++) first[j] = out->data[j];
+  CHECK(exf_ema_copy_to(again, dense.model) == EXF_OK);
+  for (j = 0; j < n; j++) CHECK(memcmp(&first[j], &out->data[j], sizeof *first) == 0);
   CHECK_OK(ctx);
+  exf_ema_free(again);
   exf_ema_free(ema);
   exf_optim_free(optim);
   exf_model_free(g.model);
