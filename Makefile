@@ -16,6 +16,12 @@ OPENMP := $(shell mkdir -p build && \
   $(CC) $(CFLAGS) -fopenmp build/openmp.c -o build/openmp.out 2>/dev/null \
   && echo -fopenmp)
 
+# stb_image for PNG, JPEG and BMP: make STB=FOLDER, or where the compiler finds it.
+STB_HEADER := $(if $(STB),"$(abspath $(STB))/stb_image.h",$(shell \
+  printf '\043include <stb/stb_image.h>\n' | $(CC) -E -x c - > /dev/null 2>&1 \
+  && echo '<stb/stb_image.h>'))
+STB_FLAGS := $(if $(STB_HEADER),'-DSTB_IMAGE=$(STB_HEADER)')
+
 WARN = -std=c99 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wvla \
   -Wundef -Wstrict-prototypes -Wmissing-prototypes
 COMPILE = $(CC) $(CFLAGS) $(WARN) $(OPENMP)
@@ -38,6 +44,10 @@ all: $(EXAMPLES)
 build/%: examples/%.c exfusion.h $(wildcard examples/*.h)
 	@mkdir -p build
 	$(COMPILE) $< -o $@ -lm
+
+build/vit: examples/vit.c exfusion.h $(wildcard examples/*.h)
+	@mkdir -p build
+	$(COMPILE) $(STB_FLAGS) $< -o $@ -lm
 
 build/tests/%: tests/%.c $(HEADERS)
 	@mkdir -p build/tests

@@ -165,13 +165,8 @@ static void geometry_read(const exf_st *st, const char *path, size_t heads, gpt 
 
 /* The dense model of DIR|FILE, with its vocabulary; returns the path of the file. */
 static char *open_model(exf_ctx *ctx, const char *place, gpt *g, vocabulary *v) {
-  char *path = is_directory(place) ? path_in(place, "model.safetensors") : NULL;
-  exf_st *st;
-  if (!path) {
-    path = (char *)memory(strlen(place) + 1, 1);
-    strcpy(path, place);
-  }
-  st = open_tensors(ctx, path);
+  char *path = model_path(place);
+  exf_st *st = open_tensors(ctx, path);
   geometry_read(st, path, 0, g, v);
   gpt_build(g, ctx, NULL);
   exf_model_load(g->model, st);
@@ -191,7 +186,6 @@ typedef struct charlm {
   vocabulary vocab;
   dataset set;
   int32_t *x, *y;            /* (batch,block) tokens and their successors */
-  double val_loss;           /* the last measured */
 } charlm;
 
 /* The character task of nanoGPT's README on a CPU. */
@@ -216,7 +210,7 @@ static void train_defaults(charlm *c) {
   c->r.task = "charlm";
   c->r.list_key = "exf.vocab";
   c->r.steps = 2000;
-  c->r.loss = c->val_loss = NAN;
+  c->r.loss = NAN;
   c->data = c->init = "";
   c->block = 64;
   memcpy(c->r.flags, own, sizeof own);
@@ -268,15 +262,11 @@ static void train_data(charlm *c, const char *self) {
   dataset_read(&c->set, c->data, &c->vocab, c->g.n_vocab);
   text_add(&mine, "{\"bytes\":%llu,\"fnv1a\":\"%016llx\"}", (ull)c->set.n,
            (ull)c->set.hash);
-  if (r->s.resume && strcmp(mine.s, r->data.s) != 0)
-    fail(1, "%s is not the data of the checkpoint (%s, there %s): give that file with "
-         "--data", c->data, mine.s, r->data.s);
+  run_data(r, &mine, c->data, "--data");
   dataset_encode(&c->set, c->data, &c->vocab);
   dataset_check(c->set.n_train, c->g.block, "training", c->data);
   dataset_check(c->set.n - c->set.n_train, c->g.block, "validation", c->data);
   c->g.n_vocab = c->vocab.n;
-  text_free(&r->data);
-  r->data = mine;
   r->list.n = 0;
   vocabulary_write(&c->vocab, &r->list);
   text_add(&r->geometry, "{\"n_layer\":%llu,\"n_head\":%llu,\"n_embd\":%llu,"
@@ -302,27 +292,12 @@ static void train_batch(charlm *c, uint64_t micro) {
   }
 }
 
-/* One update. The loss is that before it; norm is that before clipping. */
-static void train_step(charlm *c, double *norm) {
-  run *r = &c->r;
-  uint64_t k, accum = r->s.accum;
-  exf_ctx *ctx = r->ctx;
-  exf_tensor *loss;
-  r->loss = 0;
-  exf_step_begin(ctx, r->step);
-  exf_training_set(ctx, 1);
-  for (k = 0; k < accum && exf_ctx_status(ctx) == EXF_OK; k++) {
-    train_batch(c, r->step * accum + k);
-    loss = gpt_forward(ctx, &c->g, c->x, (size_t)r->s.batch, c->g.block);
-    loss = exf_cross_entropy(ctx, loss, c->y, 0);
-    r->loss += exf_item(loss) / (double)accum;
-    if (accum > 1) loss = exf_scale(ctx, loss, 1.0 / (double)accum);
-    exf_backward(ctx, loss);
-    exf_rewind(ctx);
-  }
-  exf_training_set(ctx, 0);
-  exf_optim_step(r->optim, exf_schedule_lr(&r->schedule, r->step), norm);
-  if (exf_ctx_status(ctx) != EXF_OK) run_stop_bad_step(r);
+static exf_tensor *train_loss(void *user, uint64_t micro) {
+  charlm *c = (charlm *)user;
+  exf_tensor *logits;
+  train_batch(c, micro);
+  logits = gpt_forward(c->r.ctx, &c->g, c->x, (size_t)c->r.s.batch, c->g.block);
+  return exf_cross_entropy(c->r.ctx, logits, c->y, 0);
 }
 
 static merge_result evaluate_validation(const charlm *c, const gpt *merged) {
@@ -330,31 +305,9 @@ static merge_result evaluate_validation(const charlm *c, const gpt *merged) {
                   c->set.n - c->set.n_train);
 }
 
-static void train_loop(charlm *c) {
-  run *r = &c->r;
-  char note[32];
-  while (r->step < r->steps && !stop_signal) {
-    double start = seconds(), spent, norm = 0, val_loss = NAN;
-    uint64_t s = r->step;
-    train_step(c, &norm);
-    spent = seconds() - start;
-    r->step++;
-    if (r->step == r->steps || (r->s.eval_every && r->step % r->s.eval_every == 0))
-      val_loss = c->val_loss = evaluate_validation(c, NULL).val_loss;
-    run_log(r, s, val_loss, norm, spent);
-    run_log_weights(r);
-    snprintf(note, sizeof note, "loss=%.3f", r->loss);
-    progress_show(&r->bar, r->step, note);
-    if (val_loss == val_loss && !r->s.quiet) {
-      progress_clear();
-      printf("step %6llu   train %.4f   validation %.4f   %.1f ms\n", (ull)r->step,
-             r->loss, val_loss, 1e3 * spent);
-      fflush(stdout);
-    }
-    if (r->step < r->steps && r->s.save_every && r->step % r->s.save_every == 0)
-      run_save(r);
-  }
-  progress_clear();
+static double train_validate(void *user, text *note) {
+  (void)note;
+  return evaluate_validation((const charlm *)user, NULL).val_loss;
 }
 
 /* Checks the merged file against the model in memory, and tells the result. */
@@ -391,8 +344,7 @@ static int train(int argc, char **argv) {
   train_defaults(&c);
   run_flags(r, argc, argv, quick, (int)(sizeof quick / sizeof *quick / 2),
             "charlm train [flags]");
-  if (r->s.resume && r->step == r->steps) {
-    if (!r->s.quiet) printf("%s is finished: nothing to resume\n", r->s.out);
+  if (run_is_finished(r)) {
     run_free(r);
     return 0;
   }
@@ -402,6 +354,9 @@ static int train(int argc, char **argv) {
   fusion = settings_fusion(&r->s);
   gpt_build(&c.g, r->ctx, st || r->s.ffn == EXF_DENSE ? NULL : &fusion);
   r->model = c.g.model;
+  r->user = &c;
+  r->micro_loss = train_loss;
+  r->validate = train_validate;
   if (st) exf_model_load(c.g.model, st);
   if (st && r->s.ffn != EXF_DENSE) exf_model_upcycle(c.g.model, &fusion);
   check(r->ctx);
@@ -416,7 +371,7 @@ static int train(int argc, char **argv) {
            commas(c.set.n), (int)c.vocab.n);
   run_announce(r, model.s, data.s);
   stop_install();
-  train_loop(&c);
+  run_loop(r);
   if (r->step < r->steps) code = run_interrupted(r, argv[0]);
   else train_finish(&c, argv[0]);
   text_free(&model);
@@ -547,7 +502,7 @@ static int eval(int argc, char **argv) {
   ctx = exf_ctx_new(NULL);
   check(ctx);
   path = open_model(ctx, place, &g, &v);
-  if (!*data) data = found = run_data_of(path);
+  if (!*data) data = found = run_flag_of(path, "data");
   if (!data) data = found = default_data(argv[0]);
   dataset_read(&d, data, &v, g.n_vocab);
   dataset_encode(&d, data, &v);

@@ -478,6 +478,7 @@ enum {
   FLAG_PLACE,     /* in run.json; not taken from there when resuming */
   FLAG_ONCE       /* of this command only */
 };
+#define FLAG_UNSET UINT64_MAX   /* of a whole number with low < 0; null in JSON */
 typedef struct flag {
   const char *name;     /* without dashes; a single letter takes one dash */
   char kind;            /* u whole number, x number, s text, b switch, c choice */
@@ -544,7 +545,8 @@ static inline void flag_bad(const flag *f, const char *value, const char *from) 
   char wanted[96];
   if (f->kind == 'b') snprintf(wanted, sizeof wanted, "true or false");
   else snprintf(wanted, sizeof wanted, "a %snumber from %.10g to %.10g",
-                f->kind == 'u' ? "whole " : "", f->low, f->high);
+                f->kind == 'u' ? "whole " : "",
+                f->kind == 'u' && f->low < 0 ? 0 : f->low, f->high);
   fail(2, "%s%s%s takes %s, not '%s': see --help", from, flag_dashes(f->name), f->name,
        wanted, value);
 }
@@ -567,7 +569,9 @@ static inline int is_utf8(const char *value) {
 static inline void flag_set(flag *f, const char *value, const char *from) {
   char *end = NULL, what[64];
   errno = 0;
-  if (f->kind == 'u') {
+  if (f->kind == 'u' && f->low < 0 && strcmp(value, "null") == 0) {
+    *(uint64_t *)f->value = FLAG_UNSET;
+  } else if (f->kind == 'u') {
     unsigned long long u = strtoull(value, &end, 10);
     if (value[0] < '0' || value[0] > '9' || *end || errno || (double)u < f->low
         || (double)u > f->high) flag_bad(f, value, from);
@@ -599,7 +603,9 @@ static inline void flag_set(flag *f, const char *value, const char *from) {
 /* The value as JSON. */
 static inline void flag_json(const flag *f, text *t) {
   char name[48];
-  if (f->kind == 'u') json_integer(t, NULL, *(uint64_t *)f->value);
+  if (f->kind == 'u' && f->low < 0 && *(uint64_t *)f->value == FLAG_UNSET)
+    text_add(t, "null");
+  else if (f->kind == 'u') json_integer(t, NULL, *(uint64_t *)f->value);
   else if (f->kind == 'x') json_number(t, NULL, *(double *)f->value);
   else if (f->kind == 'b') text_add(t, *(int *)f->value ? "true" : "false");
   else if (f->kind == 's') json_text(t, NULL, *(const char **)f->value);
@@ -834,12 +840,13 @@ static inline exf_optim *settings_optim(const settings *s, exf_model *model) {
   return exf_optim_new(model, &d);
 }
 
+/* A warm-up that is unset takes a twentieth of the run. */
 static inline exf_schedule settings_schedule(const settings *s, uint64_t steps) {
   exf_schedule schedule;
   schedule.kind = EXF_SCHEDULE_COSINE;
   schedule.lr = s->lr;
   schedule.min_lr = s->min_lr;
-  schedule.warmup = s->warmup;
+  schedule.warmup = s->warmup == FLAG_UNSET ? steps / 20 : s->warmup;
   schedule.steps = steps;
   return schedule;
 }
@@ -1015,7 +1022,7 @@ static inline void progress_show(progress *p, uint64_t done, const char *note) {
 
 /* ---- a training run and its folder ------------------------------------------------ */
 
-#define RUN_MAX_FLAGS 48
+#define RUN_MAX_FLAGS 56
 #define LOG_HEADER "step,train_loss,val_loss,lr,grad_norm,tokens_per_s,elapsed_s"
 
 /* The part of a training program that does not depend on the model. */
@@ -1037,6 +1044,12 @@ typedef struct run {
   double loss;                   /* of the last step */
   text log, weights;             /* log.csv, weights.csv */
   progress bar;
+  void *user;                    /* of the calls */
+  exf_tensor *(*micro_loss)(void *user, uint64_t micro);  /* of micro-batch `micro` */
+  double (*validate)(void *user, text *note);             /* validation loss, and words */
+  void (*after_step)(void *user);                         /* may be NULL */
+  void (*before_checkpoint)(void *user);                  /* is saved; may be NULL */
+  void (*after_checkpoint)(void *user);
 } run;
 
 static inline void run_free(run *r) {
@@ -1048,7 +1061,7 @@ static inline void run_free(run *r) {
   text_free(&r->weights);
 }
 
-/* Takes the flags, the step, list and data of the checkpoint in --out; the rest of
+/* Takes the flags, step, list and data of the checkpoint in --out; the rest of
    resuming is exf_checkpoint_load in run_begin. Flags given must agree. */
 static inline void run_resume(run *r) {
   char *path = path_in(r->s.out, "checkpoint.safetensors"), *end = NULL;
@@ -1074,9 +1087,7 @@ static inline void run_resume(run *r) {
   text_add(&r->list, "%s", list);
   text_add(&r->data, "%s", data);
   r->step = r->first = strtoull(step, &end, 10);
-  if (*end || r->step > r->steps)
-    fail(1, "%s: exf.step %s is not a step of a run of %s: start a new run", path, step,
-         commas(r->steps));
+  if (*end) fail(1, "%s: exf.step '%.40s' is no number: start a new run", path, step);
   exf_st_close(st);
   exf_ctx_free(ctx);
   if (file_exists(json_path)) {
@@ -1108,6 +1119,26 @@ static inline void run_flags(run *r, int argc, char **argv, const char *const *q
     flag *f = flag_find(r->flags, r->n_flags, quick[2 * i]);
     if (!f->given) flag_set(f, quick[2 * i + 1], "");
   }
+}
+
+/* Whether a resumed run has nothing left to do, which it says. */
+static inline int run_is_finished(const run *r) {
+  if (!r->s.resume || r->step < r->steps) return 0;
+  if (r->step > r->steps)
+    fail(1, "the checkpoint in %s is of step %s of a run of %s: start a new run",
+         r->s.out, commas((size_t)r->step), commas((size_t)r->steps));
+  if (!r->s.quiet) printf("%s is finished: nothing to resume\n", r->s.out);
+  return 1;
+}
+
+/* Takes over `mine`, what identifies the data; of a resumed run they must be the same. */
+static inline void run_data(run *r, text *mine, const char *name, const char *dashed) {
+  if (r->s.resume && strcmp(mine->s, r->data.s) != 0)
+    fail(1, "%s is not the data of the checkpoint (%s, there %s): give that with %s",
+         name, mine->s, r->data.s, dashed);
+  text_free(&r->data);
+  r->data = *mine;
+  memset(mine, 0, sizeof *mine);
 }
 
 /* One row per FFN, now and then: the weights after r->step updates. */
@@ -1198,11 +1229,11 @@ static inline void run_save_text(run *r, const char *name, const text *t) {
   free(path);
 }
 
-/* model.safetensors, or checkpoint.safetensors: the same metadata but for exf.config,
-   which is the model's geometry or the flags of the run. */
-static inline void run_save_tensors(run *r, int checkpoint) {
-  char *path = path_in(r->s.out, checkpoint ? "checkpoint.safetensors"
-                                            : "model.safetensors");
+/* A merged model or the checkpoint: the same metadata but for exf.config, which is the
+   model's geometry or the flags of the run. */
+static inline void run_save_tensors(run *r, exf_model *model, const char *name,
+                                    int checkpoint) {
+  char *path = path_in(r->s.out, name);
   char seed[24], step[24];
   text config = {NULL, 0, 0};
   exf_pair meta[8];
@@ -1218,8 +1249,8 @@ static inline void run_save_tensors(run *r, int checkpoint) {
   meta[n].key = r->list_key, meta[n++].value = r->list.s;
   meta[n].key = "exf.config", meta[n++].value = checkpoint ? config.s : r->geometry.s;
   if (checkpoint) meta[n].key = "exf.data", meta[n++].value = r->data.s;
-  if (checkpoint) exf_checkpoint_save(r->model, r->optim, path, meta, n);
-  else exf_model_save(r->model, path, meta, n);
+  if (checkpoint) exf_checkpoint_save(model, r->optim, path, meta, n);
+  else exf_model_save(model, path, meta, n);
   text_free(&config);
   free(path);
 }
@@ -1237,7 +1268,7 @@ static inline void run_save_results(run *r) {
   run_save_text(r, "weights.csv", &r->weights);
   flags_write(r->flags, r->n_flags, ~(1u << FLAG_ONCE), 1, &t);
   run_save_text(r, "run.json", &t);
-  run_save_tensors(r, 0);
+  run_save_tensors(r, r->model, "model.safetensors", 0);
   run_check_save(r);
   text_free(&t);
 }
@@ -1245,8 +1276,10 @@ static inline void run_save_results(run *r) {
 /* The checkpoint comes last: where it stands, all that belongs before it stands too, and
    a run whose checkpoint is of the last step is finished. */
 static inline void run_save_checkpoint(run *r) {
-  run_save_tensors(r, 1);
+  if (r->before_checkpoint) r->before_checkpoint(r->user);
+  run_save_tensors(r, r->model, "checkpoint.safetensors", 1);
   run_check_save(r);
+  if (r->after_checkpoint) r->after_checkpoint(r->user);
 }
 
 /* In the middle of a run; a summary in the folder is then of an earlier one. */
@@ -1264,6 +1297,57 @@ static inline void run_stop_bad_step(const run *r) {
   fail(1, "step %s: %s%s%s", commas(r->step), exf_error(r->ctx),
        file_exists(path) ? "; the last checkpoint is kept: " : "",
        file_exists(path) ? path : "");
+}
+
+/* One update. r->loss is that before it; norm is that before clipping. */
+static inline void run_step(run *r, double *norm) {
+  uint64_t k, accum = r->s.accum;
+  exf_ctx *ctx = r->ctx;
+  r->loss = 0;
+  exf_step_begin(ctx, r->step);
+  exf_training_set(ctx, 1);
+  for (k = 0; k < accum && exf_ctx_status(ctx) == EXF_OK; k++) {
+    exf_tensor *loss = r->micro_loss(r->user, r->step * accum + k);
+    r->loss += exf_item(loss) / (double)accum;
+    if (accum > 1) loss = exf_scale(ctx, loss, 1.0 / (double)accum);
+    exf_backward(ctx, loss);
+    exf_rewind(ctx);
+  }
+  exf_training_set(ctx, 0);
+  exf_optim_step(r->optim, exf_schedule_lr(&r->schedule, r->step), norm);
+  if (exf_ctx_status(ctx) != EXF_OK) run_stop_bad_step(r);
+  if (r->after_step) r->after_step(r->user);
+}
+
+/* Trains up to the last step, or to a signal. */
+static inline void run_loop(run *r) {
+  char note[32];
+  text words = {NULL, 0, 0};
+  while (r->step < r->steps && !stop_signal) {
+    double start = seconds(), spent, norm = 0, val_loss = NAN;
+    uint64_t s = r->step;
+    run_step(r, &norm);
+    spent = seconds() - start;
+    r->step++;
+    words.n = 0;
+    if (r->step == r->steps || (r->s.eval_every && r->step % r->s.eval_every == 0))
+      val_loss = r->validate(r->user, &words);
+    run_log(r, s, val_loss, norm, spent);
+    run_log_weights(r);
+    snprintf(note, sizeof note, "loss=%.3f", r->loss);
+    progress_show(&r->bar, r->step, note);
+    if (val_loss == val_loss && !r->s.quiet) {
+      progress_clear();
+      printf("step %6llu   train %.4f   validation %.4f%s   %.1f ms\n",
+             (unsigned long long)r->step, r->loss, val_loss, words.n ? words.s : "",
+             1e3 * spent);
+      fflush(stdout);
+    }
+    if (r->step < r->steps && r->s.save_every && r->step % r->s.save_every == 0)
+      run_save(r);
+  }
+  progress_clear();
+  text_free(&words);
 }
 
 /* What is about to be trained; what the method's algebra already knows of it. */
@@ -1384,9 +1468,17 @@ static inline int run_interrupted(run *r, const char *self) {
   return 128 + (int)stop_signal;
 }
 
-/* The data of the run whose model stands at this path, to be freed, or NULL. */
-static inline char *run_data_of(const char *model) {
-  const char *slash = strrchr(model, '/'), *data;
+/* DIR/model.safetensors, or the file itself; to be freed. */
+static inline char *model_path(const char *place) {
+  text path = {NULL, 0, 0};
+  if (is_directory(place)) return path_in(place, "model.safetensors");
+  text_add(&path, "%s", place);
+  return path.s;
+}
+
+/* A flag of the run whose model stands at this path, to be freed; NULL: unknown. */
+static inline char *run_flag_of(const char *model, const char *name) {
+  const char *slash = strrchr(model, '/'), *value;
   text path = {NULL, 0, 0}, found = {NULL, 0, 0};
   text_add(&path, "%.*srun.json", slash ? (int)(slash - model) + 1 : 0, model);
   if (file_exists(path.s)) {
@@ -1394,8 +1486,8 @@ static inline char *run_data_of(const char *model) {
     char *source = (char *)read_file(path.s, &n);
     json j;
     json_read(&j, source, path.s);
-    data = json_find(&j, "data");
-    if (data) text_add(&found, "%s", data);
+    value = json_find(&j, name);
+    if (value) text_add(&found, "%s", value);
     json_free(&j);
     free(source);
   }
