@@ -34,20 +34,22 @@ LINKED = build/tests/test_core build/tests/test_exfusion build/tests/test_golden
   build/tests/test_malicious build/tests/test_optim build/tests/test_power \
   build/tests/torture
   build/tests/test_optim build/tests/test_resume
+  build/tests/test_images build/tests/test_optim build/tests/test_vit_golden
 DOUBLES = build/tests/test_ops_double build/tests/test_optim_double \
   build/tests/test_golden_double
 SCRIPTS = $(wildcard tests/test_*.sh)
 HEADERS = exfusion.h $(wildcard tests/*.h)
+# What reads pictures.
+PICTURES = build/vit build/tests/test_images build/tests/test_vit_golden
 
 all: $(EXAMPLES)
+
+$(PICTURES): COMPILE += $(STB_FLAGS)
+build/tests/test_images build/tests/test_vit_golden: $(wildcard examples/*.h)
 
 build/%: examples/%.c exfusion.h $(wildcard examples/*.h)
 	@mkdir -p build
 	$(COMPILE) $< -o $@ -lm
-
-build/vit: examples/vit.c exfusion.h $(wildcard examples/*.h)
-	@mkdir -p build
-	$(COMPILE) $(STB_FLAGS) $< -o $@ -lm
 
 build/tests/%: tests/%.c $(HEADERS)
 	@mkdir -p build/tests
@@ -91,6 +93,7 @@ test:
 build/tests/%.result: build/tests/%
 	@sh tests/run.sh one $<
 
+build/tests/test_vit.result: build/tests/test_images
 build/tests/%.result: tests/%.sh $(EXAMPLES) build/tests/exfusion.o
 	@CC="$(CC)" JOBS=1 sh tests/run.sh one $<
 

@@ -1046,7 +1046,7 @@ typedef struct source {
 } source;
 
 /* Where pictures come from, when nobody says. */
-static const char *default_source(void) {
+static inline const char *default_source(void) {
   char *found = idx_path(FASHION_DIR, "train-images-idx3-ubyte");
   const char *data = found ? FASHION_DIR : "generated";
   free(found);
@@ -1054,7 +1054,7 @@ static const char *default_source(void) {
 }
 
 /* Reads and splits them. Returns what they are called. */
-static const char *source_read(image_set *set, const source *s, uint64_t seed) {
+static inline const char *source_read(image_set *set, const source *s, uint64_t seed) {
   const char *name = *s->images ? s->images : s->data;
   size_t size = s->size == FLAG_UNSET ? 0 : (size_t)s->size;
   if (*s->images) images_from_folder(set, name, size, s->skip_bad);
