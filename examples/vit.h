@@ -33,7 +33,9 @@ static inline exf_tensor *vit_param(vit *g, const char *name, exf_shape shape, d
 }
 
 /* Makes the parameters from the sizes in g; fusion NULL: all FFNs dense. As in timm, the
-   class token and the positions do not decay. */
+   class token and the positions do not decay. The draws are wider than timm's 0.02, which
+   is meant for wide models and long runs: every matrix keeps the size of what passes, and
+   positions are as large as the pictures from the start. */
 static inline void vit_build(vit *g, exf_ctx *ctx, const exf_fusion_desc *fusion) {
   size_t d = g->width, p = g->patch, fan_in = g->channels * p * p, i;
   exf_block_desc b;
@@ -44,13 +46,14 @@ static inline void vit_build(vit *g, exf_ctx *ctx, const exf_fusion_desc *fusion
   b.bias = 1;
   b.eps = g->eps;
   b.dropout = g->dropout;
-  b.init_std = 0.02;
+  b.init_std = 1 / sqrt((double)d);
+  b.init_std_out = 0.5 / sqrt((double)d);
   b.names = EXF_NAMES_TIMM;
   b.ffn.act = g->act;
   if (fusion) b.ffn.fusion = *fusion;
   g->model = exf_model_new(ctx);
-  g->cls = vit_param(g, "cls_token", exf_shape3(1, 1, d), 0.02, 0);
-  g->pos = vit_param(g, "pos_embed", exf_shape3(1, vit_patches(g) + 1, d), 0.02, 0);
+  g->cls = vit_param(g, "cls_token", exf_shape3(1, 1, d), 0.5, 0);
+  g->pos = vit_param(g, "pos_embed", exf_shape3(1, vit_patches(g) + 1, d), 0.5, 0);
   g->proj = vit_param(g, "patch_embed.proj.weight", exf_shape4(d, g->channels, p, p),
                       1 / sqrt(3.0 * (double)fan_in), 1);
   g->proj_bias = vit_param(g, "patch_embed.proj.bias", exf_shape1(d), 0, 0);
