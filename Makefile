@@ -80,6 +80,13 @@ demo: build/charlm
 	build/charlm info runs/demo/model.safetensors
 	build/charlm sample runs/demo -n 400 --temperature 0.7 --seed 1
 
+# The same with pictures: Fashion-MNIST where it is installed, else generated ones.
+demo-vit: build/vit
+	build/vit train --out runs/demo-vit --ffn mb --experts 4 --patch 7 --steps 600 \
+	  --eval-every 200 --save-every 0
+	build/vit info runs/demo-vit/model.safetensors
+	build/vit eval runs/demo-vit --split val
+
 # Each test leaves its counts in build/tests; the sum is the last line. Long ones first.
 NAMES = $(notdir $(SCRIPTS:.sh=) $(TESTS) $(DOUBLES))
 test:
@@ -101,6 +108,11 @@ build/tests/%.result: tests/%.sh $(EXAMPLES) build/tests/exfusion.o
 # build/quality, so it may be stopped and called again. JOBS=2: two runs at a time.
 quality: build/charlm
 	@sh tests/quality.sh "$(DATA)" $(JOBS)
+
+# The ViT's default configuration, dense and mb, seeds 1-3, on DATA or Fashion-MNIST.
+# Finished runs are kept in build/quality-vit.
+quality-vit: build/vit
+	@sh tests/quality_vit.sh "$(DATA)"
 
 # Speed on this machine: tables and build/bench.csv. PARTS="gemm step" runs some of it.
 build/bench: tests/bench/bench.c exfusion.h $(wildcard tests/bench/*.h)
@@ -161,10 +173,12 @@ install:
 	cp exfusion.h "$(DESTDIR)$(PREFIX)/include/exfusion.h"
 
 help:
-	@echo 'make              build/hello, build/charlm'
+	@echo 'make              build/hello, build/charlm, build/vit (STB=FOLDER of stb_image.h)'
 	@echo 'make demo         train on the text of exfusion.h, merge, sample (a minute)'
+	@echo 'make demo-vit     the same with pictures (a minute and a half)'
 	@echo 'make test         all tests; the last line is: N passed, N failed'
 	@echo 'make quality DATA=FILE   the table of variants, seeds 1-3, two learning rates'
+	@echo 'make quality-vit  accuracy of the ViT, dense and mb, seeds 1-3'
 	@echo 'make bench        speed: products, ops, steps, phases ... (PARTS="gemm step")'
 	@echo 'make bench-torch  the steps beside PyTorch (PYTHON="python3 venv/bin/python")'
 	@echo 'make interop      files exchanged with the reference safetensors package'
@@ -181,3 +195,5 @@ help:
 	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS ROWS N SEED'
 
 .PHONY: all demo test quality bench bench-torch interop torture differential matrix print-linked sanitize \ analyze coverage mutate clean install help
+	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS STB'
+.PHONY: all demo demo-vit test quality quality-vit bench bench-torch interop clean install help

@@ -140,7 +140,7 @@ expect "no heading without a body" awk '
   NF { body = 1 }
   END { exit bad || !body }' $dir/manual.txt README.md
 
-# ---- README: files, targets of make, flags of charlm
+# ---- README: files, targets of make, flags of the examples
 n=0
 for file in $(grep -o -E '(examples|tests|\.ci)/[A-Za-z0-9_./]+' README.md $dir/manual.txt -h \
               | sed 's/\.$//' | sort -u); do
@@ -164,15 +164,19 @@ for command in train sample eval; do
   build/charlm $command --help > $dir/$command.help 2>&1
   expect "charlm $command --help" test -s $dir/$command.help
 done
+for command in train eval predict; do
+  build/vit $command --help > $dir/vit-$command.help 2>&1
+  expect "vit $command --help" test -s $dir/vit-$command.help
+done
 n=0
 for flag in $(grep -o -E '(^|[ `(])--[a-z][a-z0-9-]+' $dir/readme.txt \
               | sed 's/^[^-]*//' | sort -u); do
   n=$((n + 1))
   if [ "$flag" = --help ] || cat $dir/*.help | grep -q -E -e "^ *$flag( |\$)"; then ok
-  else bad "charlm has no flag $flag"; fi
+  else bad "no example has a flag $flag"; fi
 done
 expect "README.md names flags" test $n -ge 3
-for flag in $(sed -n '/^demo:/,/^$/p' Makefile | grep -o -E ' --?[a-z][a-z-]*' | sort -u); do
+for flag in $(sed -n '/^demo.*:/,/^$/p' Makefile | grep -o -E ' --?[a-z][a-z-]*' | sort -u); do
   if cat $dir/*.help | grep -q -E -e "^ *$flag "; then ok; else bad "make demo: $flag"; fi
 done
 
