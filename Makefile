@@ -4,10 +4,15 @@ CC ?= cc
 CXX ?= c++
 CFLAGS ?= -O2
 PREFIX ?= /usr/local
+PYTHON ?= python3
 JOBS ?= 2
 ROWS = .
 N = 200
 SEED = 1
+KILLS = 2000
+STATES = 200000
+FILES = 100000
+SECONDS = 60
 
 # OpenMP when this compiler can link it; without, everything runs on one thread.
 OPENMP := $(shell mkdir -p build && \
@@ -30,11 +35,8 @@ EXAMPLES = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 TESTS = $(patsubst tests/%.c,build/tests/%,$(wildcard tests/test_*.c))
 # Tests of the public functions share one compiled implementation; the others, which look
 # behind them, include it. Some are built a second time with EXF_DOUBLE.
-LINKED = build/tests/test_core build/tests/test_exfusion build/tests/test_golden \
-  build/tests/test_malicious build/tests/test_optim build/tests/test_power \
-  build/tests/torture
-  build/tests/test_optim build/tests/test_resume
-  build/tests/test_images build/tests/test_optim build/tests/test_vit_golden
+LINKED = $(addprefix build/tests/, test_core test_exfusion test_golden test_images \
+  test_malicious test_optim test_power test_resume test_vit_golden torture)
 DOUBLES = build/tests/test_ops_double build/tests/test_optim_double \
   build/tests/test_golden_double
 SCRIPTS = $(wildcard tests/test_*.sh)
@@ -127,43 +129,44 @@ bench-torch: build/bench
 
 # Files exchanged with the reference safetensors package, where Python has it.
 interop: build/tests/test_safetensors
-	python3 tests/interop_safetensors.py build/tests/test_safetensors
+	$(PYTHON) tests/interop_safetensors.py build/tests/test_safetensors
 
 # A child that saves is killed KILLS times; the power is cut at STATES states of a disk.
-KILLS ?= 2000
-STATES ?= 200000
 torture: build/tests/torture build/tests/test_power
 	build/tests/torture $(KILLS)
 	build/tests/test_power $(STATES)
 
 # The same damaged files to this reader and to the reference package. PYTHON has it.
-PYTHON ?= python3
-FILES ?= 100000
 differential: build/tests/test_malicious
 	@rm -rf build/fuzz/malicious && mkdir -p build/fuzz/malicious
 	build/tests/test_malicious --write build/fuzz/malicious
 	$(COMPILE) -shared -fPIC tests/differential.c -o build/tests/differential.so -lm
 	$(PYTHON) tests/differential_safetensors.py build/tests/differential.so \
 	  build/fuzz/malicious $(FILES)
+
 # Every configuration compiles tests/golden_hash.c, runs it, and gets the same hash.
 # ROWS: a pattern of rows.
 matrix:
 	@sh tests/matrix.sh "$(ROWS)"
 print-linked:
 	@echo $(notdir $(LINKED))
+
 # All test programs under ASan with LSan, UBSan, MSan and TSan, without OpenMP; the quick
 # ones under valgrind. No suppressions.
 sanitize:
 	@sh tests/sanitize.sh
+
 # gcc -fanalyzer, clang-tidy, cppcheck; what is switched off stands in the script.
 analyze:
 	@CC="$(CC)" sh tests/analyze.sh
+
 # Lines and branches of exfusion.h that `make test` executes, by section.
 coverage:
-	@python3 tests/coverage.py
+	@$(PYTHON) tests/coverage.py
+
 # N small changes to exfusion.h, one at a time: how many do the tests notice?
 mutate:
-	@python3 tests/mutate.py -n $(N) --seed $(SEED)
+	@$(PYTHON) tests/mutate.py -n $(N) --seed $(SEED)
 
 clean:
 	rm -rf build
@@ -184,7 +187,6 @@ help:
 	@echo 'make interop      files exchanged with the reference safetensors package'
 	@echo 'make differential   100,000 damaged files, compared with the reference (FILES)'
 	@echo 'make torture      kill -9 and power cuts while saving (KILLS, STATES)'
-	@echo 'make matrix       60 and more compilers, options and platforms: one hash (an hour)'
 	@echo 'make matrix       compilers, options, platforms: one hash everywhere (long)'
 	@echo 'make sanitize     all tests under ASan, UBSan, MSan, TSan; some under valgrind'
 	@echo 'make analyze      gcc -fanalyzer, clang-tidy, cppcheck'
@@ -192,8 +194,7 @@ help:
 	@echo 'make mutate N=200 how many small changes to exfusion.h the tests notice'
 	@echo 'make install      exfusion.h to $$(DESTDIR)$$(PREFIX)/include'
 	@echo 'make clean        remove build/'
-	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS ROWS N SEED'
+	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS STB PYTHON'
 
-.PHONY: all demo test quality bench bench-torch interop torture differential matrix print-linked sanitize \ analyze coverage mutate clean install help
-	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS STB'
-.PHONY: all demo demo-vit test quality quality-vit bench bench-torch interop clean install help
+.PHONY: all demo demo-vit test quality quality-vit bench bench-torch interop torture \
+  differential matrix print-linked sanitize analyze coverage mutate clean install help
