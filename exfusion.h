@@ -278,9 +278,11 @@
    One can merge at any step, go on training dense, and upcycle again.
 
    Cost: training holds N times the FFN parameters and N times their optimizer moments;
-   the merged model is exactly dense. Beside the FFN's 3 P T multiply-adds (P parameters)
-   fuse and <G, th_i> take 2 N P, 2N/(3T) of it. They are bound by memory: per dense FFN
-   parameter fuse moves N+1 floats, the dots N+1, AdamW 6N+1.
+   the merged model is exactly dense. One pair of moments per FFN is left by
+   exf_optim_desc.shared_moments, one set of everything by exf_fusion_desc.lean (sw).
+   Beside the FFN's 3 P T multiply-adds (P parameters) fuse and <G, th_i> take 2 N P,
+   2N/(3T) of it. They are bound by memory: per dense FFN parameter fuse moves N+1
+   floats, the dots N+1, AdamW 6N+1, with shared moments 2N+5.
 
    ---- WHAT THE ALGEBRA SAYS -------------------------------------------- >>algebra
 
@@ -799,6 +801,9 @@ typedef enum exf_upcycle {
 typedef struct exf_fusion_desc {
   exf_variant variant;
   size_t n_experts;          /* N; 0: 4 */
+  size_t lean;               /* sw: 1: only the experts' mean is stored and trained, with
+                                1/N of its gradient: exact, see >>algebra. Resolved:
+                                lean is N, and n_experts, what is stored, is 1 */
   int dw_softmax;            /* dw: a = softmax(z / tau) instead of a itself */
   int routed;                /* mb: the forward pass uses the router alone */
   int attach;                /* mb: let the router's gradient reach x as well */
@@ -913,6 +918,9 @@ typedef struct exf_optim_desc {
   double clip;           /* global norm; 0: no clipping */
   int expert_norm;       /* clip by the norm over all experts' gradients, ||a|| ||G|| for
                             an FFN, instead of the fused norm */
+  int shared_moments;    /* AdamW: the N experts of an FFN share the moments of its G and
+                            all take its step: (N+3) P numbers instead of 3 N P. Exact
+                            for sw; for weights that change an approximation */
   int allow_nonfinite;   /* step even with NaN or infinity in the gradients */
 } exf_optim_desc;
 typedef struct exf_optim exf_optim;
@@ -1188,6 +1196,11 @@ typedef void exf__axpy_fn(size_t n, exf_real s, const exf_real *x, exf_real *y, 
 typedef void exf__dots_fn(size_t n_experts, size_t size, size_t stride,
                           const exf_real *g, const exf_real *e, double *out);
 
+/* p (n_experts, size), expert i at p + i stride; g (size) */
+typedef void exf__adamw_fn(size_t n_experts, size_t size, size_t stride, exf_real *p,
+                           const exf_real *g, exf_real *m, exf_real *v,
+                           const exf__adamw_args *args, const exf_real *scale);
+
 typedef struct exf__kernels {
   exf_isa isa;
   size_t scratch;   /* bytes of work space gemm needs, 64-byte aligned */
@@ -1234,9 +1247,7 @@ typedef struct exf__kernels {
                const exf_real *e, exf_real *out);
   exf__dots_fn *dots;
   double (*sumsq)(size_t n, const exf_real *x);
-  void (*adamw)(size_t n_experts, size_t size, size_t stride, exf_real *p,
-                const exf_real *g, exf_real *m, exf_real *v, const exf__adamw_args *args,
-                const exf_real *gscale);
+  exf__adamw_fn *adamw, *adamw_shared;
 } exf__kernels;
 
 /* Double precision without libm, for schedules and normal draws: the same bits on every
@@ -1864,6 +1875,23 @@ static void exf__adamw_ref(size_t n_experts, size_t size, size_t stride, exf_rea
 
 EXF__ATTENTION(ref, 0)
 
+/* The same with one m and v (size) of g itself: every expert takes their step, by the
+   sign of its weight. */
+static void exf__adamw_shared_ref(size_t n_experts, size_t size, size_t stride,
+                                  exf_real *p, const exf_real *g, exf_real *m,
+                                  exf_real *v, const exf__adamw_args *args,
+                                  const exf_real *sign) {
+  size_t i, j;
+  for (j = 0; j < size; j++) {
+    exf_real gc = args->clip * g[j], step;
+    m[j] = EXF__FMA(args->beta1, m[j], args->one_minus_beta1 * gc);
+    v[j] = EXF__FMA(args->beta2, v[j], args->one_minus_beta2 * (gc * gc));
+    step = args->step * m[j] / (EXF__SQRT(v[j]) * args->inv_sqrt_bias2 + args->eps);
+    for (i = 0; i < n_experts; i++)
+      p[i * stride + j] = p[i * stride + j] * args->decay - sign[i] * step;
+  }
+}
+
 #define EXF__TABLE(ISA, isa, bytes)                                                     \
   {                                                                                     \
     EXF_ISA_##ISA, bytes, exf__gemm_##isa, exf__unary_##isa, exf__unary_grad_##isa,     \
@@ -1872,7 +1900,8 @@ EXF__ATTENTION(ref, 0)
         exf__softmax_##isa, exf__softmax_grad_##isa, exf__log_softmax_##isa,            \
         exf__log_softmax_grad_##isa, exf__cross_entropy_##isa,                          \
         exf__cross_entropy_grad_##isa, exf__attention_##isa, exf__attention_grad_##isa, \
-        exf__fuse_##isa, exf__dots_##isa, exf__sumsq_##isa, exf__adamw_##isa            \
+        exf__fuse_##isa, exf__dots_##isa, exf__sumsq_##isa, exf__adamw_##isa,           \
+        exf__adamw_shared_##isa                                                         \
   }
 
 static const exf__kernels exf__kernels_ref = EXF__TABLE(REF, ref, 0);
@@ -2851,31 +2880,53 @@ EXF__TARGET static double EXF__F(sumsq)(size_t n, const float *x) {
   return s;
 }
 
+/* m and v of a vector of gradients, and the step they ask for */
+EXF__INLINE EXF__V EXF__F(adam)(EXF__V g, float *m, float *v, size_t j, size_t n,
+                                const exf__adamw_args *args) {
+  EXF__V b1 = EXF__SET(args->beta1), c1 = EXF__SET(args->one_minus_beta1);
+  EXF__V b2 = EXF__SET(args->beta2), c2 = EXF__SET(args->one_minus_beta2);
+  EXF__V mm = EXF__FMAV(b1, EXF__F(get)(m, j, n, 0), c1 * g);
+  EXF__V vv = EXF__FMAV(b2, EXF__F(get)(v, j, n, 0), c2 * (g * g));
+  EXF__F(put)(m, j, n, mm);
+  EXF__F(put)(v, j, n, vv);
+  return EXF__SET(args->step) * mm /
+         (EXF__SQRTV(vv) * EXF__SET(args->inv_sqrt_bias2) + EXF__SET(args->eps));
+}
+
 EXF__TARGET static void EXF__F(adamw)(size_t n_experts, size_t size, size_t stride,
                                       float *p, const float *g, float *m, float *v,
                                       const exf__adamw_args *args,
                                       const float *gscale) {
   EXF__V clip = EXF__SET(args->clip), decay = EXF__SET(args->decay);
-  EXF__V b1 = EXF__SET(args->beta1), c1 = EXF__SET(args->one_minus_beta1);
-  EXF__V b2 = EXF__SET(args->beta2), c2 = EXF__SET(args->one_minus_beta2);
-  EXF__V step = EXF__SET(args->step), inv = EXF__SET(args->inv_sqrt_bias2);
-  EXF__V eps = EXF__SET(args->eps);
   size_t i, j, j0;
-  for (j0 = 0; j0 < size; j0 += EXF__SUM_BLOCK)
+  for (j0 = 0; j0 < size; j0 += EXF__ADAM_BLOCK)
     for (i = 0; i < n_experts; i++) {
       float *pi = p + i * stride, *mi = m + i * stride, *vi = v + i * stride;
       EXF__V gs = EXF__SET(gscale[i]);
-      size_t end = EXF__MIN(size, j0 + EXF__SUM_BLOCK);
+      size_t end = EXF__MIN(size, j0 + EXF__ADAM_BLOCK);
       for (j = j0; j < end; j += EXF__W) {
         EXF__V ge = gs * (clip * EXF__F(get)(g, j, end, 0));
-        EXF__V mm = EXF__FMAV(b1, EXF__F(get)(mi, j, end, 0), c1 * ge);
-        EXF__V vv = EXF__FMAV(b2, EXF__F(get)(vi, j, end, 0), c2 * (ge * ge));
         EXF__V pp = EXF__F(get)(pi, j, end, 0) * decay;
-        EXF__F(put)(mi, j, end, mm);
-        EXF__F(put)(vi, j, end, vv);
-        EXF__F(put)(pi, j, end, pp - step * mm / (EXF__SQRTV(vv) * inv + eps));
+        EXF__F(put)(pi, j, end, pp - EXF__F(adam)(ge, mi, vi, j, end, args));
       }
     }
+}
+
+EXF__TARGET static void EXF__F(adamw_shared)(size_t n_experts, size_t size,
+                                             size_t stride, float *p, const float *g,
+                                             float *m, float *v,
+                                             const exf__adamw_args *args,
+                                             const float *sign) {
+  EXF__V clip = EXF__SET(args->clip), decay = EXF__SET(args->decay), step;
+  size_t i, j;
+  for (j = 0; j < size; j += EXF__W) {
+    step = EXF__F(adam)(clip * EXF__F(get)(g, j, size, 0), m, v, j, size, args);
+    for (i = 0; i < n_experts; i++) {
+      float *pi = p + i * stride;
+      EXF__V pp = EXF__F(get)(pi, j, size, 0) * decay;
+      EXF__F(put)(pi, j, size, pp - EXF__SET(sign[i]) * step);
+    }
+  }
 }
 
 #undef EXF__ALL
@@ -2919,6 +2970,7 @@ EXF__TARGET static void EXF__F(adamw)(size_t n_experts, size_t size, size_t stri
 #define EXF__GEMM_SCRATCH ((EXF__KC * (EXF__NC + EXF__MC) + 16) * sizeof(float))
 #define EXF__PACK 8      /* packing goes along so many of the k rows at once */
 #define EXF__PACK_A 256  /* above so many columns, contiguous rows of a are packed */
+#define EXF__ADAM_BLOCK 4096  /* of G, in the first cache from expert to expert */
 #define EXF__DIRECT 96  /* up to this many rows, b is not packed if it need not be */
 #if defined(__clang__)
 #define EXF__UNROLL
@@ -3384,7 +3436,8 @@ enum {
 struct exf_param {
   char *name;
   exf_tensor t;               /* experts: (N, ..) */
-  exf_real *m, *v;            /* moments (shape of t), or NULL */
+  exf_real *m, *v;            /* moments (moments), or NULL */
+  exf_shape moments;          /* that of t; shared by experts: without N */
   int decay, frozen;
   int has_grad;               /* t.grad holds something: add to it */
   double init_std, init_value;
@@ -5724,6 +5777,8 @@ static int exf__fusion_resolve(exf_ctx *ctx, exf_fusion_desc *d, int from_scratc
   if (d->tau == 0) d->tau = 1;
   if (d->spread == 0) d->spread = 1;
   if (d->drop == 0) d->drop = 0.5;
+  d->lean = d->lean && d->variant == EXF_SW ? EXF__MAX(d->lean, d->n_experts) : 0;
+  if (d->lean) d->n_experts = d->lean;
   if (d->upcycle == EXF_UP_DEFAULT)
     d->upcycle = from_scratch ? EXF_UP_INDEPENDENT : EXF_UP_ZEROSUM;
   if ((unsigned)d->variant > EXF_MB || (unsigned)d->upcycle > EXF_UP_DROP)
@@ -5750,7 +5805,9 @@ static exf_ffn *exf__ffn_make(exf_model *model, const char *name,
   size_t c, h;
   if (f && (!name || !desc))
     exf_fail(model->ctx, EXF_ARG, "ffn: the name or the descriptor is NULL");
-  if (!f || !name || !desc || !(f->name = (char *)exf__model_alloc(model, strlen(name) + 1))) return NULL;
+  if (!f || !name || !desc
+      || !(f->name = (char *)exf__model_alloc(model, strlen(name) + 1)))
+    return NULL;
   memcpy(f->name, name, strlen(name) + 1);
   d = *desc;
   if (d.hidden == 0 && !exf__mul_size(4, d.width, &d.hidden)) d.hidden = SIZE_MAX;
@@ -6078,6 +6135,24 @@ static exf_param *exf__expert_param(exf_ffn *f, const exf_fusion_desc *d, int pa
   return NULL;
 }
 
+/* lean: the mean of the experts p takes their place, as one. */
+static void exf__lean(exf_ctx *ctx, exf_param *p) {
+  size_t i, n = p->t.shape.dim[0], size = p->t.size / n;
+  exf_real *a = (exf_real *)exf__alloc_n(ctx, n, sizeof(exf_real));
+  exf_real *mean = (exf_real *)exf__alloc_n(ctx, size, sizeof(exf_real));
+  if (a && mean) {
+    for (i = 0; i < n; i++) a[i] = EXF__R(1.0 / (double)n);
+    exf__fuse_into(ctx, n, size, a, p->t.data, mean);
+    exf__free(ctx, p->t.data);
+    p->t.data = mean;
+    p->t.size = size;
+    p->t.shape.dim[0] = 1;
+  } else {
+    exf__free(ctx, mean);
+  }
+  exf__free(ctx, a);
+}
+
 static void exf__upcycle_make(exf_ffn *f, const exf_fusion_desc *desc,
                               exf__ffn_change *c) {
   exf_ctx *ctx = f->model->ctx;
@@ -6091,10 +6166,12 @@ static void exf__upcycle_make(exf_ffn *f, const exf_fusion_desc *desc,
     return;
   }
   if (!exf__fusion_resolve(ctx, d, !f->trained)) return;
+  for (k = 0; k < EXF__N_PARTS && ctx->status == EXF_OK; k++)
+    if (f->part[k] && (c->part[k] = exf__expert_param(f, d, k)) != NULL && d->lean)
+      exf__lean(ctx, c->part[k]);
+  if (d->lean) d->n_experts = 1;
   n = d->n_experts;
   shape = exf_shape1(n);
-  for (k = 0; k < EXF__N_PARTS && ctx->status == EXF_OK; k++)
-    if (f->part[k]) c->part[k] = exf__expert_param(f, d, k);
   c->bank = (exf_real *)exf__calloc_n(ctx, n, sizeof(exf_real));
   c->routed = (exf_real *)exf__calloc_n(ctx, n, sizeof(exf_real));
   for (i = 0; c->bank && c->routed && i < n; i++)
@@ -6206,9 +6283,11 @@ EXF_API void exf_model_free(exf_model *model) {
 
 /* ---- gradients of experts, diagnostics --------------------------------- >>diagnose */
 
-/* abar_i: the mean of a_i over the backward passes since the last update. */
+/* abar_i: the mean of a_i over the backward passes since the last update. Of a lean set
+   1/N, the weight of each expert that it stands for. */
 static exf_real exf__mean_weight(const exf_param *p, size_t i) {
-  return EXF__R(p->n_backwards ? p->a_sum[i] / (double)p->n_backwards : 0);
+  double n = p->ffn->fusion.lean ? (double)p->ffn->fusion.lean : 1;
+  return EXF__R(p->n_backwards ? p->a_sum[i] / ((double)p->n_backwards * n) : 0);
 }
 
 EXF_API exf_status exf_expert_grad(exf_param *p, exf_real *out) {
@@ -6494,21 +6573,34 @@ static int exf__optim_moments(const exf_optim_desc *d) {
   return d->kind == EXF_ADAMW ? 2 : d->momentum != 0 ? 1 : 0;
 }
 
+/* (N,..) -> (..) */
+static exf_shape exf__one_expert(const exf_shape *s) {
+  exf_shape one = exf_shape0();
+  one.n = s->n - 1;
+  memcpy(one.dim, s->dim + 1, (size_t)one.n * sizeof(size_t));
+  return one;
+}
+
 /* Cleared moments for every parameter in place of what it has; all are made before the
    first is exchanged. */
-static int exf__moments_new(exf_model *model, int moments) {
+static int exf__moments_new(exf_model *model, int moments, int shared) {
   exf_ctx *ctx = model->ctx;
-  size_t n = model->n_params, i;
+  size_t n = model->n_params, i, size;
   exf_real **fresh = (exf_real **)exf__calloc_n(ctx, n, 2 * sizeof *fresh);
-  for (i = 0; i < 2 * n && ctx->status == EXF_OK; i++)   /* (n, 2): m, v */
+  for (i = 0; i < 2 * n && ctx->status == EXF_OK; i++) {   /* (n, 2): m, v */
+    exf_param *p = model->params[i / 2];
+    size = shared && p->role == EXF__EXPERTS ? p->t.size / p->t.shape.dim[0] : p->t.size;
     if ((int)(i % 2) < moments)
-      fresh[i] = (exf_real *)exf__calloc_n(ctx, model->params[i / 2]->t.size,
-                                           sizeof(exf_real));
+      fresh[i] = (exf_real *)exf__calloc_n(ctx, size, sizeof(exf_real));
+  }
   for (i = 0; fresh && i < 2 * n; i++) {
     exf_param *p = model->params[i / 2];
     exf_real **old = i % 2 ? &p->v : &p->m;
     exf__free(ctx, ctx->status == EXF_OK ? *old : fresh[i]);
-    if (ctx->status == EXF_OK) *old = fresh[i];
+    if (ctx->status != EXF_OK) continue;
+    *old = fresh[i];
+    p->moments = shared && p->role == EXF__EXPERTS ? exf__one_expert(&p->t.shape)
+                                                   : p->t.shape;
   }
   exf__free(ctx, fresh);
   return ctx->status == EXF_OK;
@@ -6538,8 +6630,13 @@ EXF_API exf_optim *exf_optim_new(exf_model *model, const exf_optim_desc *desc) {
              d.beta2, d.momentum, d.eps, d.weight_decay, d.clip);
     return NULL;
   }
+  if (d.shared_moments && d.kind != EXF_ADAMW) {
+    exf_fail(ctx, EXF_ARG, "optim: shared_moments are for AdamW: SGD has none to "
+             "spare");
+    return NULL;
+  }
   o = (exf_optim *)exf__calloc_n(ctx, 1, sizeof *o);
-  if (!o || !exf__moments_new(model, exf__optim_moments(&d))) {
+  if (!o || !exf__moments_new(model, exf__optim_moments(&d), d.shared_moments)) {
     exf__free(ctx, o);
     return NULL;
   }
@@ -6584,6 +6681,12 @@ EXF_API exf_status exf_optim_group(exf_optim *o,
   return EXF_OK;
 }
 
+/* N of an expert set, stored or lean */
+static double exf__set_size(const exf_param *p) {
+  size_t lean = p->ffn->fusion.lean;
+  return (double)(lean ? lean : p->t.shape.dim[0]);
+}
+
 /* Squared norm of a parameter's gradient: experts count their fused G once, or as
    ||a||^2 ||G||^2 when the norm over all experts is asked for. */
 static double exf__grad_square(const exf_optim *o, const exf_param *p) {
@@ -6595,6 +6698,7 @@ static double exf__grad_square(const exf_optim *o, const exf_param *p) {
     double a = (double)exf__mean_weight(p, i);
     weights += a * a;
   }
+  if (p->ffn->fusion.lean) weights *= (double)p->ffn->fusion.lean;
   return square * weights;
 }
 
@@ -6602,7 +6706,8 @@ typedef struct exf__update {
   const exf__kernels *k;
   exf_param *p;
   size_t n_experts, stride;       /* 1 and 0 for a parameter that is not an expert set */
-  const exf_real *scale;          /* (n_experts): abar, or {1} */
+  const exf_real *scale;          /* (n_experts): abar, or its signs; else {1} */
+  int shared;                     /* moments of G, shared by the experts */
   exf__adamw_args adamw;
   double lr, decay, momentum;     /* SGD, decay coupled */
   int nesterov;
@@ -6632,27 +6737,39 @@ static void exf__update_job(void *arg, size_t begin, size_t end, void *scratch) 
   const exf__update *u = (const exf__update *)arg;
   exf_param *p = u->p;
   (void)scratch;
-  if (p->v)
+  if (u->shared)
+    u->k->adamw_shared(u->n_experts, end - begin, u->stride, p->t.data + begin,
+                       p->t.grad + begin, p->m + begin, p->v + begin, &u->adamw,
+                       u->scale);
+  else if (p->v)
     u->k->adamw(u->n_experts, end - begin, u->stride, p->t.data + begin,
                 p->t.grad + begin, p->m + begin, p->v + begin, &u->adamw, u->scale);
   else exf__sgd(u, begin, end - begin);
 }
 
-/* torch.optim.AdamW and SGD. For experts every N-th of p, m and v meets a_i G. scale:
-   room for a number per expert. Cannot fail: an update is whole or not made. */
+/* torch.optim.AdamW and SGD. For experts every N-th of p, m and v meets a_i G; with
+   shared moments, those of G, the step of expert i would be sgn(a_i) m / (sqrt v + eps /
+   |a_i|), and 1/N is taken for |a_i|. scale: room for a number per expert. Cannot fail:
+   an update is whole or not made. */
 static void exf__optim_update(exf_optim *o, exf_param *p, double lr, double clip,
                               exf_real *scale) {
   exf_ctx *ctx = o->model->ctx;
   const exf_optim_desc *d = &o->desc;
   exf__update u;
   size_t i, size = p->t.size;
+  double eps = d->eps;
   memset(&u, 0, sizeof u);
   u.n_experts = 1;
   scale[0] = 1;
   if (p->role == EXF__EXPERTS) {
     u.n_experts = p->t.shape.dim[0];
     u.stride = size = p->t.size / u.n_experts;
-    for (i = 0; i < u.n_experts; i++) scale[i] = exf__mean_weight(p, i);
+    u.shared = d->shared_moments;
+    eps *= u.shared ? exf__set_size(p) : 1;
+    for (i = 0; i < u.n_experts; i++) {
+      scale[i] = exf__mean_weight(p, i);
+      if (u.shared) scale[i] = EXF__R((scale[i] > 0) - (scale[i] < 0));
+    }
   }
   lr *= p->lr_scale;
   u.k = ctx->k;
@@ -6670,7 +6787,7 @@ static void exf__optim_update(exf_optim *o, exf_param *p, double lr, double clip
   u.adamw.one_minus_beta2 = EXF__R(1 - d->beta2);
   u.adamw.step = EXF__R(lr / (1 - exf__pow_d(d->beta1, o->t)));
   u.adamw.inv_sqrt_bias2 = EXF__R(1 / sqrt(1 - exf__pow_d(d->beta2, o->t)));
-  u.adamw.eps = EXF__R(d->eps);
+  u.adamw.eps = EXF__R(eps);
   exf__parallel(ctx, size, EXF__SUM_BLOCK, 10.0 * (double)size * (double)u.n_experts, 0,
                 exf__update_job, &u);
 }
@@ -6757,13 +6874,14 @@ enum { EXF__NOTE_ONE, EXF__NOTE_COPY, EXF__NOTE_SW_ADAM, EXF__NOTE_SW_SGD,
 
 static int exf__note_holds(const exf_ffn *f, int note, int adam) {
   const exf_fusion_desc *d = &f->fusion;
+  size_t n = d->lean ? d->lean : d->n_experts;
   if (d->variant == EXF_DENSE) return 0;
   switch (note) {
-    case EXF__NOTE_ONE: return d->n_experts == 1;
-    case EXF__NOTE_COPY: return d->n_experts > 1 && d->upcycle == EXF_UP_COPY;
-    case EXF__NOTE_SW_ADAM: return d->n_experts > 1 && d->variant == EXF_SW && adam;
-    case EXF__NOTE_SW_SGD: return d->n_experts > 1 && d->variant == EXF_SW && !adam;
-    default: return d->n_experts > 1 && d->upcycle == EXF_UP_INDEPENDENT_PLAIN;
+    case EXF__NOTE_ONE: return n == 1;
+    case EXF__NOTE_COPY: return n > 1 && d->upcycle == EXF_UP_COPY;
+    case EXF__NOTE_SW_ADAM: return n > 1 && d->variant == EXF_SW && adam;
+    case EXF__NOTE_SW_SGD: return n > 1 && d->variant == EXF_SW && !adam;
+    default: return n > 1 && d->upcycle == EXF_UP_INDEPENDENT_PLAIN;
   }
 }
 
@@ -8642,8 +8760,8 @@ static int exf__checkpoint_slots(exf__slots *s, exf_model *model, int moments) {
     exf_param *p = model->params[i];
     exf__slots_add(s, "", p->name, "", &p->t.shape, p->t.data);
     if (moments && p->m)
-      exf__slots_add(s, p->v ? "adamw.m." : "sgd.m.", p->name, "", &p->t.shape, p->m);
-    if (moments && p->v) exf__slots_add(s, "adamw.v.", p->name, "", &p->t.shape, p->v);
+      exf__slots_add(s, p->v ? "adamw.m." : "sgd.m.", p->name, "", &p->moments, p->m);
+    if (moments && p->v) exf__slots_add(s, "adamw.v.", p->name, "", &p->moments, p->v);
   }
   for (i = 0; i < model->n_ffns; i++) {
     exf_ffn *f = model->ffns[i];

@@ -487,6 +487,7 @@ TEST(expert_kernels_equal_reference) {
 TEST(adamw_equals_reference) {
   exf__adamw_args args;
   size_t l, n, i;
+  int shared;
   memset(&args, 0, sizeof args);
   args.clip = (exf_real)0.7;
   args.decay = (exf_real)0.999;
@@ -498,22 +499,26 @@ TEST(adamw_equals_reference) {
   args.inv_sqrt_bias2 = (exf_real)3;
   args.eps = (exf_real)1e-8;
   for (l = 0; l < N_LENGTHS; l++)
-    for (n = 1; n <= 4; n++) {
-      size_t size = lengths[l], stride = size + 5;
-      arr p = arr_new(n * stride, 1), g = arr_new(size, 1), m = arr_new(n * stride, 0.1);
-      arr v = arr_new(n * stride, 0.01), s = arr_new(n, 1), p2, m2, v2;
-      for (i = 0; i < v.n; i++) v.x[i] = (exf_real)fabs((double)v.x[i]);
-      p2 = arr_copy(&p);
-      m2 = arr_copy(&m);
-      v2 = arr_copy(&v);
-      K->adamw(n, size, stride, p.x, g.x, m.x, v.x, &args, s.x);
-      R->adamw(n, size, stride, p2.x, g.x, m2.x, v2.x, &args, s.x);
-      same(&p, &p2);
-      same(&m, &m2);
-      same(&v, &v2);
-      arr_free(&g);
-      arr_free(&s);
-    }
+    for (n = 1; n <= 4; n++)
+      for (shared = 0; shared < 2; shared++) {
+        size_t size = lengths[l], stride = size + 5, sets = shared ? 1 : n;
+        arr p = arr_new(n * stride, 1), g = arr_new(size, 1), p2, m2, v2;
+        arr m = arr_new(sets * stride, 0.1), v = arr_new(sets * stride, 0.01);
+        arr s = arr_new(n, 1);
+        for (i = 0; i < v.n; i++) v.x[i] = (exf_real)fabs((double)v.x[i]);
+        p2 = arr_copy(&p);
+        m2 = arr_copy(&m);
+        v2 = arr_copy(&v);
+        (shared ? K->adamw_shared : K->adamw)(n, size, stride, p.x, g.x, m.x, v.x, &args,
+                                              s.x);
+        (shared ? R->adamw_shared : R->adamw)(n, size, stride, p2.x, g.x, m2.x, v2.x,
+                                              &args, s.x);
+        same(&p, &p2);
+        same(&m, &m2);
+        same(&v, &v2);
+        arr_free(&g);
+        arr_free(&s);
+      }
 }
 
 /* Each kernel test once per instruction set, under its name. */
