@@ -3,7 +3,7 @@
   python torch_step.py charlm|gpt384|vit|generate [--threads N] [--compile] [--cpu]
   python torch_step.py version
 
---cpu: processor time instead of the clock (one thread). From PyTorch 1.13 on; what a newer
+--cpu: processor time instead of the clock (one thread). From 1.13 on; what a newer
 version has is used: scaled_dot_product_attention, fused AdamW, torch.compile.
 generate: ms of a token, as nanoGPT's sample program does it: no key/value cache, the
 context cropped to the block.
@@ -32,7 +32,8 @@ arguments.add_argument("--compile", action="store_true")
 arguments.add_argument("--cpu", action="store_true")
 arguments = arguments.parse_args()
 # The BLAS below PyTorch may start threads of its own: it is told before it is loaded.
-os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(arguments.threads)
+for variable in "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS":
+    os.environ[variable] = str(arguments.threads)
 
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
@@ -138,8 +139,10 @@ class Net(nn.Module):
 
 
 def optimizer(net):
-    groups = [{"params": [p for p in net.parameters() if p.dim() > 1], "weight_decay": 0.1},
-              {"params": [p for p in net.parameters() if p.dim() <= 1], "weight_decay": 0}]
+    matrices = [p for p in net.parameters() if p.dim() > 1]
+    vectors = [p for p in net.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1},
+              {"params": vectors, "weight_decay": 0}]
     settings = dict(lr=1e-3, betas=(0.9, 0.99))
     if "fused" in inspect.signature(torch.optim.AdamW).parameters:
         try:
