@@ -1,6 +1,6 @@
 /* tests/malicious.h - safetensors files that break one rule each, made in memory, with
-   the rule and the status that a reader owes them. Rules and their numbers are those of the
-   section safetensors of exfusion.h. Include after exfusion.h and test.h.
+   the rule and the status that a reader owes them. Rules and their numbers are those of
+   the section safetensors of exfusion.h. Include after exfusion.h and test.h.
 
      malicious_each(visit, user);     calls visit for every file */
 #ifndef MALICIOUS_H
@@ -66,7 +66,8 @@ static void bad(const malicious_run *r, const char *rule, size_t n_data,
 #define LENGTH(array) (sizeof(array) / sizeof(array)[0])
 /* A tensor "a" of U8 (4), which is sound; an empty one; frames for one changed member. */
 #define GOOD "\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]}"
-#define EMPTY(name) "{\"" name "\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}"
+#define EMPTY(name) \
+  "{\"" name "\":{\"dtype\":\"U8\",\"shape\":[0],\"data_offsets\":[0,0]}}"
 #define A_DTYPE(d) "{\"a\":{\"dtype\":" d ",\"shape\":[4],\"data_offsets\":[0,4]}}"
 #define A_SHAPE(s) "{\"a\":{\"dtype\":\"U8\",\"shape\":" s ",\"data_offsets\":[0,4]}}"
 #define A_SPAN(o) "{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":" o "}}"
@@ -233,7 +234,8 @@ static void bad_v9(const malicious_run *r) {
 static void bad_v10_v12(const malicious_run *r) {
   static const char *const integers[] = {
     "-1", "+4", "04", "00", "4.0", "4.", ".4", "4e0", "4E0", "-0", "\"4\"", "null",
-    "true", "[4]", "{}", "0x4 ", "281474976710656", "4294967296000000000", "9223372036854775808",
+    "true", "[4]", "{}", "0x4 ", "281474976710656", "4294967296000000000",
+    "9223372036854775808",
     "18446744073709551615", "18446744073709551616", "18446744073709551620",
     "340282366920938463463374607431768211460", "NaN", "-", ""};
   static const char *const spans[] = {"[]", "[0]", "[0,2,4]", "[0,0,4]", "[4,0]", "[1,0]",

@@ -129,8 +129,8 @@ static exf_ffn_desc draw_ffn(api *a) {
 /* ---- tensors and ops ---- */
 
 static void call_new(api *a) {
-  static const exf_real values[16] = {1, -1, 0.5, 3, 0, 2, -2, 1e-3f, 1e30f, 4, 5, 6, 7, 8,
-                                      9, 10};
+  static const exf_real values[16] = {1, -1, 0.5, 3, 0, 2, -2, 1e-3f, 1e30f, 4, 5, 6, 7,
+                                      8, 9, 10};
   exf_real special[4] = {(exf_real)NAN, (exf_real)INFINITY, (exf_real)-INFINITY, 1};
   exf_shape s = draw_shape(a);
   unsigned r = draw(a, 8);
