@@ -8666,7 +8666,7 @@ static void exf__slots_add(exf__slots *s, const char *prefix, const char *name,
 
 static void exf__slots_free(exf__slots *s) {
   size_t i;
-  for (i = 0; i < s->n; i++) exf__free(s->ctx, s->slot[i].name);
+  for (i = 0; s->slot && i < s->n; i++) exf__free(s->ctx, s->slot[i].name);
   exf__free(s->ctx, s->slot);
 }
 
@@ -8704,8 +8704,8 @@ static exf_status exf__slots_load(exf__slots *s, const exf_st *st, const char *i
     exf__slot_match(s, &s->slot[i], st);
   if (ctx->status != EXF_OK) return ctx->status;
   qsort(s->slot, s->n, sizeof *s->slot, exf__name_order);
-  for (i = k = 0; i < exf_st_count(st); i++) {
-    const exf_st_entry *e = exf_st_get(st, i);
+  for (i = k = 0; i < st->n; i++) {
+    const exf_st_entry *e = &st->order[i]->entry;
     if (k < s->n && s->slot[k].entry == e) k++;
     else if (!ignore || strncmp(e->name, ignore, strlen(ignore)) != 0)
       return exf_fail(ctx, EXF_MISMATCH, "load: the file holds '%.80s', which the model "
