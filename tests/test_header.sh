@@ -103,7 +103,10 @@ if have gcc; then
   wait
   gcc -O0 -fno-pic -fno-pie -c $dir/impl.c -o $dir/symbols.o
   check "symbols" "nm $dir/symbols.o | awk '\$2 ~ /[BCDGSVW]/ || (\$2 == \"T\" && \$3 !~ /^exf_/) || (\$2 ~ /[bd]/ && \$3 ~ /exf/)'"
-  check "imports" "nm -u $dir/symbols.o | awk '\$2 ~ /^(printf|puts|putchar|exit|abort|getenv|rand|srand|setlocale|system|__assert_fail)\$/'"
+  taboo="printf|vprintf|puts|putchar|perror|stdin|stdout|stderr|_?exit|abort|atexit|getenv|setenv|s?rand|random|time|setlocale|signal|sigaction|raise|system|__assert_fail"
+  check "imports" "nm -u $dir/symbols.o | awk '\$2 ~ /^($taboo)\$/'"
+  gcc $small -c $dir/static.c -o $dir/static.o
+  check "EXF_STATIC exports nothing" "nm -g --defined-only $dir/static.o | grep -v ' main\$'; true"
   gcc -O0 -DEXF_NO_STDIO -DEXF_NO_SIMD -c $dir/impl.c -o $dir/nostdio.o
   check "EXF_NO_STDIO opens nothing" "nm -u $dir/nostdio.o | awk '\$2 ~ /^(fopen|open|fread|fwrite|read|write|fsync|rename|remove|unlink)\$/'"
 fi
