@@ -22,7 +22,7 @@ flags_of() {
       "-fno-sanitize-recover=all" ;;
     memory) echo "-fsanitize=memory -fsanitize-memory-track-origins" ;;
     thread) echo "-fsanitize=thread" ;;
-    valgrind) echo "" ;;
+    valgrind) echo "-gdwarf-4" ;;  # the newest that it reads
   esac
 }
 
