@@ -37,6 +37,7 @@
 #pragma GCC diagnostic ignored "-Wundef"
 #pragma GCC diagnostic ignored "-Wpedantic"
 #pragma GCC diagnostic ignored "-Wextra"
+#pragma GCC diagnostic ignored "-Wmissing-prototypes"
 #endif
 #include STB_IMAGE
 #if defined(__GNUC__)

@@ -42,7 +42,7 @@ typedef struct trainer {
 static void train_defaults(trainer *c) {
   const double big = 1073741824.0;
   const settings s = {"runs/vit", "", EXF_MB, 0, EXF_UP_DEFAULT, 0, 4, 0.95, 4, 4, 96,
-                      128, 1, 0, FLAG_UNSET, 500, 500, 3e-3, 0, 0.05, 0.9, 0.99, 1, 1, 0,
+                      64, 1, 0, FLAG_UNSET, 1000, 1000, 1e-3, 0, 0.05, 0.9, 0.99, 1, 1, 0,
                       0, 0, 0, 0};
   const flag own[] = {
     {"data", 's', FLAG_DATA, &c->from.data, 0, 0, NULL, "folder of four IDX files, or "
@@ -89,7 +89,7 @@ static void train_defaults(trainer *c) {
   c->from.classes = 10;
   c->from.val = 5000;
   c->patch = 7;
-  c->epochs = 10;
+  c->epochs = 20;
   c->augment = 1;
   c->flip = 1;
   c->shift = 1;
@@ -374,7 +374,7 @@ static void train_free(trainer *c) {
 
 static int train(int argc, char **argv) {
   static const char *const quick[] = {"data", "generated", "patch", "7", "width", "48",
-    "layers", "2", "epochs", "12", "batch", "64", "flip", "0", "eval-every", "200"};
+    "layers", "2", "epochs", "12", "lr", "0.003", "flip", "0", "eval-every", "200"};
   trainer c;
   run *r = &c.r;
   exf_st *st;

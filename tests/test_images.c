@@ -127,6 +127,16 @@ static void gzip_refused(const void *body, size_t n, size_t n_out, const char *p
 #define GZIP_REFUSED(literal, n_out, part) \
   gzip_refused(literal, sizeof literal - 1, n_out, part)
 
+TEST(prefix_codes) {
+  static const unsigned char lengths[][4] = {
+    {1, 2, 3, 3}, {0, 1, 0, 0}, {0, 0, 0, 0}, {2, 2, 2, 2}, {1, 1, 1, 0}, {1, 2, 0, 0},
+    {2, 2, 2, 0}, {1, 2, 2, 3}};
+  static const int good[] = {1, 1, 1, 1, 0, 0, 0, 0};
+  huffman h;
+  size_t i;
+  for (i = 0; i < 8; i++) CHECK(huffman_build(&h, lengths[i], 4) == good[i]);
+}
+
 TEST(gzip_hostile) {
   /* 4 GiB of zeros promised by a file of a few bytes */
   unsigned char bomb[64] = {0x1F, 0x8B, 8, 0, 0, 0, 0, 0, 0, 255};
@@ -179,6 +189,7 @@ TEST(pnm_of_every_kind) {
   PNM_IS("P4\n2 2\n\x80\x40", 2, 2, "\0\0\0\xFF\xFF\xFF\xFF\xFF\xFF\0\0\0");
   PNM_IS("P5 1 2 255\nab", 1, 2, "aaabbb");
   PNM_IS("P5 1 1 65535\n\x80\x80", 1, 1, "\x80\x80\x80");
+  PNM_IS("P5 1 1 9\n\5", 1, 1, "\216\216\216");               /* 141.7 */
   PNM_IS("P6 # c\n1 1 255\nxyz", 1, 1, "xyz");
 }
 
@@ -383,6 +394,7 @@ int main(int argc, char **argv) {
   RUN(gzip_blocks_of_every_kind);
   RUN(gzip_cut_anywhere);
   RUN(gzip_changed_anywhere);
+  RUN(prefix_codes);
   RUN(gzip_hostile);
   RUN(pnm_of_every_kind);
   RUN(pnm_refused_with_rule_and_offset);

@@ -274,7 +274,8 @@ if [ -x build/tests/test_images ] && "$vit" predict $dir/dense $dir/stub.png 2>&
      | grep -q 'PNG, JPEG, BMP and PNM'; then
   build/tests/test_images png $dir/png
   ok "a folder of PNG files" "$vit" train --images $dir/png --out $dir/png-run --patch 7 \
-    --width 32 --layers 2 --batch 16 --steps 100 --eval-every 0 --quiet --threads 1
+    --width 32 --layers 2 --batch 16 --steps 200 --lr 2e-3 --eval-every 0 --quiet \
+    --threads 1
   ok "it learns them" awk "BEGIN { exit !($(field test_accuracy_merged \
     $dir/png-run/summary.json) > 0.8) }"
   ok "in colour" sh -c "'$vit' info $dir/png-run/model.safetensors | grep -q '\[32,3,7,7\]'"
@@ -291,7 +292,7 @@ ok "it learns them" awk "BEGIN { exit !($(field test_accuracy_merged \
   $dir/quick/summary.json) > 0.6) }"
 if [ -f /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz ]; then
   ok "Fashion-MNIST" "$vit" train --out $dir/fashion --patch 7 --width 32 --layers 2 \
-    --heads 4 --batch 64 --steps 120 --lr 3e-3 --eval-every 0 --quiet --threads 1
+    --heads 4 --batch 64 --steps 250 --lr 3e-3 --eval-every 0 --quiet --threads 1
   ok "it learns them" awk "BEGIN { exit !($(field test_accuracy_merged \
     $dir/fashion/summary.json) > 0.6) }"
   ok "5,000 of 60,000 validate" sh -c "'$vit' info $dir/fashion/model.safetensors \
