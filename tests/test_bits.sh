@@ -1,5 +1,5 @@
 #!/bin/sh
-# 50 steps of charlm, dense and with memory banks, write the same model.safetensors, byte
+# 50 steps of each example, dense and with memory banks, write the same model.safetensors, byte
 # for byte, whatever the number of threads and the instruction set; another seed does not.
 #   sh tests/test_bits.sh      from the top folder, after `make`
 dir=build/bits
@@ -9,10 +9,11 @@ head -c 4000 exfusion.h > $dir/text
 passed=0
 failed=0
 
+program=build/charlm
 train() {   # train OUT FLAGS...
   out=$dir/$1
   shift
-  build/charlm train --quiet --quick --data $dir/text --steps 50 --eval-every 0 \
+  $program train --quiet --quick --data "$data" --steps 50 --eval-every 0 \
     --save-every 0 --out "$out" "$@" > "$out.log" 2>&1
 }
 # same NAME FLAGS...: the run gives the model of $base
@@ -30,7 +31,20 @@ same() {
   fi
 }
 
+other() {   # other NAME FLAGS...: the run gives another model than $base
+  name=$1
+  shift
+  if train "$name" "$@" && ! cmp -s "$dir/$base/model.safetensors" \
+    "$dir/$name/model.safetensors"; then
+    passed=$((passed + 1))
+  else
+    echo "FAILED $name: it is as $base"
+    failed=$((failed + 1))
+  fi
+}
+
 for ffn in dense mb; do
+  data=$dir/text
   # enough work to be split over threads
   big="--ffn $ffn --layers 1 --width 64 --block 64 --batch 4"
   base=$ffn-threads-1
@@ -42,11 +56,19 @@ for ffn in dense mb; do
   for isa in ref avx2 avx512 neon; do
     same $ffn-$isa $small --threads 2 --isa $isa
   done
-  train $ffn-seed $small --seed 2
-  if cmp -s "$dir/$base/model.safetensors" "$dir/$ffn-seed/model.safetensors"; then
-    echo "FAILED $ffn: another seed gives the same bytes"
-    failed=$((failed + 1))
-  else passed=$((passed + 1)); fi
+  other $ffn-seed $small --seed 2
+done
+
+program=build/vit
+data=generated
+for ffn in dense mb; do
+  small="--ffn $ffn --layers 2 --width 16 --heads 2 --batch 4 --patch 7"
+  base=vit-$ffn-auto
+  train $base $small --threads 1
+  for isa in ref avx2 avx512 neon; do
+    same vit-$ffn-$isa $small --threads 3 --isa $isa
+  done
+  other vit-$ffn-seed $small --seed 2
 done
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]
