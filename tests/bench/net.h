@@ -13,7 +13,7 @@ typedef struct net_desc {
 
 enum { SIDE = 28, PATCH = 4, N_PATCHES = (SIDE / PATCH) * (SIDE / PATCH) };
 
-#define DENSE {EXF_DENSE, 0, 0, 0, 0, 0, 0, EXF_UP_DEFAULT, 0, 0}
+#define DENSE {0}
 /* The steps of the tables. */
 static const net_desc nets[] = {
   {"charlm", 0, 4, 4, 128, 64, 12, 65, DENSE},
