@@ -4868,6 +4868,13 @@ typedef struct exf__fuse_work {
   exf_real *out;
 } exf__fuse_work;
 
+typedef struct exf__dots_work {
+  const exf__kernels *k;
+  size_t p;
+  const exf_real *g, *e;         /* G (p), experts (N,p) */
+  double *out;                   /* (N) */
+} exf__dots_work;
+
 static void exf__fuse_job(void *arg, size_t begin, size_t end, void *scratch) {
   const exf__fuse_work *w = (const exf__fuse_work *)arg;
   (void)scratch;
@@ -4904,6 +4911,12 @@ static void exf__FUSE_forward(exf_ctx *ctx, exf__node *n) {
                  n->out->data);
 }
 
+static void exf__dots_job(void *arg, size_t begin, size_t end, void *scratch) {
+  const exf__dots_work *w = (const exf__dots_work *)arg;
+  (void)scratch;
+  w->k->dots(end - begin, w->p, w->p, w->g, w->e + begin * w->p, w->out + begin);
+}
+
 /* G = dL/dth (P): da_i = <G, E_i>, dE_i = a_i G. The experts of an FFN gather G and the
    sum of the weights instead: the rank-one form the optimizer understands. */
 static void exf__FUSE_backward(exf_ctx *ctx, exf__node *n) {
@@ -4911,14 +4924,18 @@ static void exf__FUSE_backward(exf_ctx *ctx, exf__node *n) {
   size_t count = a->size, p = n->out->size, i;
   const exf_real *g = exf__dout(n);
   exf_real *ga, *ge;
-  double *dots;
+  exf__dots_work w;
   int acc;
   if ((ga = exf__grad(ctx, a, &acc)) != NULL) {
-    dots = (double *)exf__arena(ctx, count, sizeof(double));
-    if (!dots) return;
-    memset(dots, 0, count * sizeof(double));
-    ctx->k->dots(count, p, p, g, e->data, dots);
-    for (i = 0; i < count; i++) ga[i] = EXF__R(dots[i] + (acc ? (double)ga[i] : 0.0));
+    w.k = ctx->k;
+    w.p = p;
+    w.g = g;
+    w.e = e->data;
+    w.out = (double *)exf__arena(ctx, count, sizeof(double));
+    if (!w.out) return;
+    memset(w.out, 0, count * sizeof(double));
+    exf__parallel(ctx, count, 1, 2.0 * (double)count * (double)p, 0, exf__dots_job, &w);
+    for (i = 0; i < count; i++) ga[i] = EXF__R(w.out[i] + (acc ? (double)ga[i] : 0.0));
   }
   if (e->param && e->param->ffn) {
     for (i = 0; i < count; i++) e->param->a_sum[i] += (double)a->data[i];
@@ -4981,6 +4998,7 @@ static exf_tensor *exf__run(exf_ctx *ctx, int op, exf_tensor *const *in, int n_i
                             const exf__args *arg) {
   exf__node *node;
   exf_shape shape;
+  exf_real *view = NULL;
   int i, needs = 0;
   if (!ctx || ctx->status != EXF_OK) return NULL;
   for (i = 0; i < n_in; i++) {
@@ -4998,7 +5016,9 @@ static exf_tensor *exf__run(exf_ctx *ctx, int op, exf_tensor *const *in, int n_i
   node->saved = NULL;
   node->arg = *arg;
   if (!exf__op(op)->shape(ctx, node, &shape)) return NULL;
-  node->out = exf__tensor(ctx, &shape, op == EXF__OP_RESHAPE ? in[0]->data : NULL);
+  if (op == EXF__OP_RESHAPE) view = in[0]->data;
+  if (op == EXF__OP_ADD && arg->i) view = in[1]->data;
+  node->out = exf__tensor(ctx, &shape, view);
   if (!node->out) return NULL;
   exf__op(op)->forward(ctx, node);
   if (ctx->status != EXF_OK) return NULL;
@@ -5095,6 +5115,10 @@ static exf_tensor *exf__run2(exf_ctx *ctx, int op, exf_tensor *x, exf_tensor *y,
 
 EXF_API exf_tensor *exf_add(exf_ctx *ctx, exf_tensor *a, exf_tensor *b) {
   return exf__run2(ctx, EXF__OP_ADD, a, b, 0, 0);
+}
+/* a + b of equal shapes, written over b, which nothing may read any more */
+static exf_tensor *exf__add_over(exf_ctx *ctx, exf_tensor *a, exf_tensor *b) {
+  return exf__run2(ctx, EXF__OP_ADD, a, b, 1, 0);
 }
 EXF_API exf_tensor *exf_sub(exf_ctx *ctx, exf_tensor *a, exf_tensor *b) {
   return exf__run2(ctx, EXF__OP_SUB, a, b, 0, 0);
@@ -6424,11 +6448,13 @@ EXF_API exf_block *exf_block_new(exf_model *model, const char *name,
   return b ? b : (exf_block *)exf__model_undo(model, &mark);
 }
 
-/* x + drop_path(dropout(y)) */
+/* x + drop_path(dropout(y)). The sum takes the place of y, an op's result that nothing
+   else reads, backward included. */
 static exf_tensor *exf__residual(exf_ctx *ctx, const exf_block *b, exf_tensor *x,
                                  exf_tensor *y) {
-  y = exf_dropout(ctx, y, b->dropout);
-  return exf_add(ctx, x, exf_drop_path(ctx, y, b->drop_path));
+  y = exf_drop_path(ctx, exf_dropout(ctx, y, b->dropout), b->drop_path);
+  return x && y && exf__same(&x->shape, &y->shape) ? exf__add_over(ctx, x, y)
+                                                   : exf_add(ctx, x, y);
 }
 
 EXF_API exf_tensor *exf_block_forward(exf_ctx *ctx, const exf_block *b, exf_tensor *x) {
