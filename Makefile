@@ -35,9 +35,9 @@ EXAMPLES = $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 TESTS = $(patsubst tests/%.c,build/tests/%,$(wildcard tests/test_*.c))
 # Tests of the public functions share one compiled implementation; the others, which look
 # behind them, include it. Some are built a second time with EXF_DOUBLE.
-LINKED = $(addprefix build/tests/, test_core test_exfusion test_golden test_images \
-  test_malicious test_numbers test_optim test_power test_resume test_vit_golden \
-  torture)
+LINKED = $(addprefix build/tests/, test_core test_exfusion test_fuzz test_golden \
+  test_images test_malicious test_numbers test_optim test_power test_resume \
+  test_vit_golden torture)
 DOUBLES = build/tests/test_ops_double build/tests/test_optim_double \
   build/tests/test_golden_double
 SCRIPTS = $(wildcard tests/test_*.sh)
@@ -74,6 +74,8 @@ build/tests/test_resume: $(wildcard examples/*.h) examples/charlm.c
 $(LINKED): build/tests/%: tests/%.c build/tests/exfusion.o $(HEADERS)
 	@mkdir -p build/tests
 	$(COMPILE) -DTEST_LINKED -pthread $< build/tests/exfusion.o -o $@ -lm
+
+build/tests/test_fuzz: $(wildcard tests/fuzz/*.[ch] examples/*.[ch])
 
 # A character model with memory-bank FFNs learns the text of exfusion.h, is merged, and
 # writes.
@@ -137,13 +139,39 @@ torture: build/tests/torture build/tests/test_power
 	build/tests/torture $(KILLS)
 	build/tests/test_power $(STATES)
 
+# libFuzzer for SECONDS per target, with both sanitizers; what it finds stays in
+# build/fuzz as crash-*. make build/fuzz/NAME-replay is the target with a plain main, for
+# a corpus or AFL++.
+FUZZ_CC ?= clang
+FUZZ = safetensors flags api
+FUZZ_FLAGS = -O1 -g -DEXF_NO_SIMD $(WARN)
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
+fuzz: build/tests/test_malicious build/tests/test_fuzz $(FUZZ:%=build/fuzz/%)
+	@for t in $(FUZZ); do mkdir -p build/fuzz/corpus/$$t build/fuzz/seeds/$$t; done
+	@build/tests/test_malicious --write build/fuzz/seeds/safetensors
+	@build/tests/test_fuzz --write build/fuzz/seeds/flags
+	@for t in $(FUZZ); do echo "$$t:"; \
+	  build/fuzz/$$t -max_total_time=$(SECONDS) -max_len=4096 -timeout=10 \
+	    -artifact_prefix=build/fuzz/crash-$$t- -print_final_stats=1 \
+	    build/fuzz/corpus/$$t build/fuzz/seeds/$$t 2> build/fuzz/$$t.log \
+	    || { tail -n 40 build/fuzz/$$t.log; exit 1; }; \
+	  grep -E 'executed_units|exec_per_sec' build/fuzz/$$t.log; done
+
+build/fuzz/%-replay: tests/fuzz/fuzz_%.c tests/fuzz/main.c $(HEADERS)
+	@mkdir -p build/fuzz
+	$(CC) $(FUZZ_FLAGS) $(SANITIZE) $< tests/fuzz/main.c -o $@ -lm
+
+build/fuzz/%: tests/fuzz/fuzz_%.c $(HEADERS) tests/fuzz/fuzz.h
+	@mkdir -p build/fuzz
+	$(FUZZ_CC) $(FUZZ_FLAGS) -DFUZZ_LIBFUZZER -fsanitize=fuzzer $(SANITIZE) $< -o $@ -lm
+
 # The same damaged files to this reader and to the reference package. PYTHON has it.
 differential: build/tests/test_malicious
-	@rm -rf build/fuzz/malicious && mkdir -p build/fuzz/malicious
-	build/tests/test_malicious --write build/fuzz/malicious
+	@mkdir -p build/fuzz/seeds/safetensors
+	@build/tests/test_malicious --write build/fuzz/seeds/safetensors
 	$(COMPILE) -shared -fPIC tests/differential.c -o build/tests/differential.so -lm
 	$(PYTHON) tests/differential_safetensors.py build/tests/differential.so \
-	  build/fuzz/malicious $(FILES)
+	  build/fuzz/seeds/safetensors $(FILES)
 
 # Every configuration compiles tests/golden_hash.c, runs it, and gets the same hash.
 # ROWS: a pattern of rows.
@@ -186,6 +214,7 @@ help:
 	@echo 'make bench        speed: products, ops, steps, phases ... (PARTS="gemm step")'
 	@echo 'make bench-torch  the steps beside PyTorch (PYTHON="python3 venv/bin/python")'
 	@echo 'make interop      files exchanged with the reference safetensors package'
+	@echo 'make fuzz         libFuzzer, SECONDS for each target'
 	@echo 'make differential   100,000 damaged files, compared with the reference (FILES)'
 	@echo 'make torture      kill -9 and power cuts while saving (KILLS, STATES)'
 	@echo 'make matrix       compilers, options, platforms: one hash everywhere (long)'
@@ -197,5 +226,5 @@ help:
 	@echo 'make clean        remove build/'
 	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS STB PYTHON'
 
-.PHONY: all demo demo-vit test quality quality-vit bench bench-torch interop torture \
-  differential matrix print-linked sanitize analyze coverage mutate clean install help
+.PHONY: all demo demo-vit test quality quality-vit bench bench-torch interop fuzz \
+  torture differential matrix print-linked sanitize analyze coverage mutate clean install help

@@ -3,6 +3,7 @@
    come back, and must have said why in one line. */
 #define _POSIX_C_SOURCE 200809L
 #ifdef TEST_LINKED
+#define EXF__IMPLEMENTED   /* charlm.c asks for the implementation */
 #include "../../exfusion.h"
 #elif !defined(FUZZ_REPLAY)
 #define EXFUSION_IMPLEMENTATION
@@ -25,12 +26,12 @@
 
 /* ---- the program around the parsers: memory that comes back, errors that return ---- */
 
-typedef struct block {
-  struct block *next, *before;
+typedef struct piece {
+  struct piece *next, *before;
   size_t bytes, pad;
-} block;
+} piece;
 
-static block *blocks;
+static piece *blocks;
 static size_t block_bytes, block_peak;
 static jmp_buf program_end;
 static int program_code;
@@ -38,7 +39,7 @@ static char program_said[8192];
 static size_t program_n;
 
 static void *flags_calloc(size_t n, size_t size) {
-  block *b = (block *)calloc(1, sizeof *b + n * size);
+  piece *b = (piece *)calloc(1, sizeof *b + n * size);
   MUST(b != NULL);
   b->bytes = n * size;
   b->next = blocks;
@@ -50,9 +51,9 @@ static void *flags_calloc(size_t n, size_t size) {
 }
 
 static void flags_free_block(void *p) {
-  block *b;
+  piece *b;
   if (p == NULL) return;
-  b = (block *)p - 1;
+  b = (piece *)p - 1;
   if (b->before) b->before->next = b->next;
   else blocks = b->next;
   if (b->next) b->next->before = b->before;
@@ -62,7 +63,7 @@ static void flags_free_block(void *p) {
 
 static void *flags_realloc(void *p, size_t n) {
   void *fresh = flags_calloc(n, 1);
-  size_t old = p ? ((block *)p - 1)->bytes : 0;
+  size_t old = p ? ((piece *)p - 1)->bytes : 0;
   if (p) memcpy(fresh, p, old < n ? old : n);
   flags_free_block(p);
   return fresh;
