@@ -7433,10 +7433,11 @@ EXF_API exf_status exf_file_save(exf_ctx *ctx, const char *path, const void *dat
 #define EXF__ST_MAX_AXES 16
 #define EXF__ST_MAX_TENSORS 1000000u
 #define EXF__ST_MAX_NAME 4096u
-/* The shortest tensor, "":{"dtype":"U8","shape":[],"data_offsets":[0,1]}, and the
-   shortest pair, "":"", with its comma: so many more of them cannot be in a header. */
-#define EXF__ST_MIN_TENSOR 49u
-#define EXF__ST_MIN_PAIR 5u
+/* Bytes of the shortest tensor, "":{"dtype":"U8","shape":[],"data_offsets":[0,1]}, and of
+   the shortest pair, "":"", each with its comma: the colons of two of them are at least
+   as far apart. */
+#define EXF__ST_MIN_TENSOR 50u
+#define EXF__ST_MIN_PAIR 6u
 
 typedef struct exf__st_rec {
   exf_st_entry entry;
@@ -7891,10 +7892,12 @@ static int exf__st_tensor(exf__st_in *in, const char *name) {
   return exf__st_extent(in, r, bits, dim, span);
 }
 
-/* Pairs of the object that begins at the position, not counting those of objects in it;
-   more than fit into the text only when it breaks a rule later on. */
+/* At least the pairs of the object that begins at the position, up to where it breaks a
+   rule; pairs of objects in it do not count. In a sound text their colons stand at least
+   `shortest` bytes apart (one pair of the header, metadata, may be shorter), so that the
+   text bounds the memory, whatever is in it. */
 static size_t exf__st_count(const exf__st_in *in, size_t shortest) {
-  size_t i, depth = 0, pairs = 0;
+  size_t i, depth = 0, pairs = 0, last = 0;
   int quoted = 0;
   for (i = in->at; i < in->n; i++) {
     char c = in->header[i];
@@ -7908,11 +7911,12 @@ static size_t exf__st_count(const exf__st_in *in, size_t shortest) {
     } else if (c == '}' || c == ']') {
       if (depth <= 1) break;
       depth--;
-    } else if (c == ':' && depth == 1) {
+    } else if (c == ':' && depth == 1 && (pairs == 0 || i - last >= shortest)) {
       pairs++;
+      last = i;
     }
   }
-  return EXF__MIN(pairs, in->n / shortest + 1);
+  return pairs + 1;
 }
 
 static int exf__st_metadata(exf__st_in *in) {
