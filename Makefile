@@ -227,4 +227,5 @@ help:
 	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS STB PYTHON'
 
 .PHONY: all demo demo-vit test quality quality-vit bench bench-torch interop fuzz \
-  torture differential matrix print-linked sanitize analyze coverage mutate clean install help
+  torture differential matrix print-linked sanitize analyze coverage mutate clean \
+  install help

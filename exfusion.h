@@ -972,7 +972,7 @@ typedef struct exf_st_entry {
   const char *name;
   const char *dtype;              /* "F32" ... as in the file */
   int n_dims;
-  size_t dim[16];
+  const size_t *dim;              /* (n_dims), at most 16 */
   size_t bytes;
   const unsigned char *data;      /* little-endian, possibly unaligned */
 } exf_st_entry;
@@ -7408,7 +7408,7 @@ EXF_API exf_status exf_file_save(exf_ctx *ctx, const char *path, const void *dat
    {"key":"value",...}. Tensors are row-major, little-endian, and fill the buffer without
    hole or overlap. The reader checks before it trusts, and names the rule in its message:
     V1  at least 8 bytes; N <= 100,000,000 and within the file
-    V2  memory is bounded by the size of the file: below 5 times it, plus a constant
+    V2  memory is bounded by the size of the file: below 4 times it, plus a constant
     V3  the header is valid UTF-8, escapes included
     V4  strict JSON, blanks allowed around the object
     V5  only the structure above: nothing nests deeper, and no parser recurses
@@ -7433,11 +7433,9 @@ EXF_API exf_status exf_file_save(exf_ctx *ctx, const char *path, const void *dat
 #define EXF__ST_MAX_AXES 16
 #define EXF__ST_MAX_TENSORS 1000000u
 #define EXF__ST_MAX_NAME 4096u
-/* Bytes of the shortest tensor, "":{"dtype":"U8","shape":[],"data_offsets":[0,1]}, and of
-   the shortest pair, "":"", each with its comma: the colons of two of them are at least
-   as far apart. */
+/* Bytes of the shortest tensor, "":{"dtype":"U8","shape":[],"data_offsets":[0,1]}, with
+   its comma: the colons of two of them are at least as far apart. */
 #define EXF__ST_MIN_TENSOR 50u
-#define EXF__ST_MIN_PAIR 6u
 
 typedef struct exf__st_rec {
   exf_st_entry entry;
@@ -7450,6 +7448,8 @@ struct exf_st {
   exf__st_rec *rec;       /* (n) in the order of the file */
   exf__st_rec **order;    /* (n) by ascending name */
   size_t n;
+  size_t *dim;            /* (n_dims) of all tensors, one behind the other */
+  size_t n_dims, dim_room;
   exf_pair *meta;         /* (n_meta) by ascending key */
   size_t n_meta;
   unsigned char *data;
@@ -7464,6 +7464,7 @@ typedef struct exf__st_in {
   char *header;                  /* (n) */
   size_t n, at;
   int has_meta;
+  const char *meta;              /* its pairs, see exf__st_metadata */
   exf_st *st;
   char label[EXF__IO_LABEL];
 } exf__st_in;
@@ -7793,15 +7794,19 @@ static const char *exf__st_dtype(const char *name, unsigned *bits) {
 static int exf__st_extent(exf__st_in *in, exf__st_rec *r, unsigned bits,
                           const uint64_t *dim, const uint64_t *span) {
   const char *name = r->entry.name;
+  exf_st *st = in->st;
   uint64_t n = 1, bytes;
   int i, empty = 0;
   if (span[0] > span[1])
     return exf__st_fail(in, EXF_FORMAT, "V12", name,
                         "data_offsets end at %llu, before their begin %llu",
                         (unsigned long long)span[1], (unsigned long long)span[0]);
+  r->entry.dim = st->dim + st->n_dims;
   for (i = 0; i < r->entry.n_dims; i++) {
-    r->entry.dim[i] = (size_t)dim[i];
-    if ((uint64_t)r->entry.dim[i] != dim[i])
+    if (st->n_dims == st->dim_room)
+      return exf__st_fail(in, EXF_LIMIT, "V18", name, "too many axes in all");
+    st->dim[st->n_dims] = (size_t)dim[i];
+    if ((uint64_t)st->dim[st->n_dims++] != dim[i])
       return exf__st_fail(in, EXF_SIZE, "V13", name, "axis %d is too long here", i);
     if (dim[i] == 0) {
       empty = 1;
@@ -7892,11 +7897,10 @@ static int exf__st_tensor(exf__st_in *in, const char *name) {
   return exf__st_extent(in, r, bits, dim, span);
 }
 
-/* At least the pairs of the object that begins at the position, up to where it breaks a
-   rule; pairs of objects in it do not count. In a sound text their colons stand at least
-   `shortest` bytes apart (one pair of the header, metadata, may be shorter), so that the
-   text bounds the memory, whatever is in it. */
-static size_t exf__st_count(const exf__st_in *in, size_t shortest) {
+/* At least the tensors of the header, up to where it breaks a rule: colons outside the
+   objects in it, as far apart as those of sound tensors are (one pair, metadata, may be
+   shorter). So the text bounds the memory, whatever is in it. */
+static size_t exf__st_count(const exf__st_in *in) {
   size_t i, depth = 0, pairs = 0, last = 0;
   int quoted = 0;
   for (i = in->at; i < in->n; i++) {
@@ -7911,7 +7915,7 @@ static size_t exf__st_count(const exf__st_in *in, size_t shortest) {
     } else if (c == '}' || c == ']') {
       if (depth <= 1) break;
       depth--;
-    } else if (c == ':' && depth == 1 && (pairs == 0 || i - last >= shortest)) {
+    } else if (c == ':' && depth == 1 && (!pairs || i - last >= EXF__ST_MIN_TENSOR)) {
       pairs++;
       last = i;
     }
@@ -7919,9 +7923,10 @@ static size_t exf__st_count(const exf__st_in *in, size_t shortest) {
   return pairs + 1;
 }
 
+/* Pairs are moved together where they stand, as key, NUL, value, NUL: memory for them is
+   only taken when the whole header is sound. */
 static int exf__st_metadata(exf__st_in *in) {
-  exf_st *st = in->st;
-  size_t i;
+  char *put;
   if (in->has_meta)
     return exf__st_fail(in, EXF_FORMAT, "V6", NULL, "__metadata__ is there twice");
   in->has_meta = 1;
@@ -7930,24 +7935,39 @@ static int exf__st_metadata(exf__st_in *in) {
     in->at += 4;
     return 1;
   }
-  st->meta = (exf_pair *)exf__alloc_n(in->ctx, exf__st_count(in, EXF__ST_MIN_PAIR),
-                                      sizeof(exf_pair));
-  if (st->meta == NULL) return 0;
   if (!exf__st_value(in, '{', "__metadata__")) return 0;
+  in->meta = put = in->header + in->at;
   if (exf__st_eat(in, '}')) return 1;
   do {
-    exf_pair pair;
-    pair.key = exf__st_string(in, NULL);
-    if (pair.key == NULL || !exf__st_need(in, ':')) return 0;
+    const char *text = exf__st_string(in, NULL);
+    if (text == NULL || !exf__st_need(in, ':')) return 0;
+    memmove(put, text, strlen(text) + 1);
+    put += strlen(put) + 1;
     if (exf__st_peek(in) != '"' && in->at < in->n)
       return exf__st_fail(in, EXF_FORMAT, "V8", NULL,
                           "header byte %llu: a metadata value is not a string",
                           (unsigned long long)in->at);
-    pair.value = exf__st_string(in, NULL);
-    if (pair.value == NULL) return 0;
-    st->meta[st->n_meta++] = pair;
+    text = exf__st_string(in, NULL);
+    if (text == NULL) return 0;
+    memmove(put, text, strlen(text) + 1);
+    put += strlen(put) + 1;
+    in->st->n_meta++;
   } while (exf__st_eat(in, ','));
-  if (!exf__st_need(in, '}')) return 0;
+  return exf__st_need(in, '}');
+}
+
+static int exf__st_index_metadata(exf__st_in *in) {
+  exf_st *st = in->st;
+  const char *text = in->meta;
+  size_t i;
+  st->meta = (exf_pair *)exf__alloc_n(in->ctx, st->n_meta, sizeof(exf_pair));
+  if (st->meta == NULL) return 0;
+  for (i = 0; i < st->n_meta; i++) {
+    st->meta[i].key = text;
+    text += strlen(text) + 1;
+    st->meta[i].value = text;
+    text += strlen(text) + 1;
+  }
   exf__sort(st->meta, st->n_meta, sizeof(exf_pair), exf__by_key);
   for (i = 1; i < st->n_meta; i++)
     if (strcmp(st->meta[i - 1].key, st->meta[i].key) == 0) {
@@ -7959,6 +7979,19 @@ static int exf__st_metadata(exf__st_in *in) {
   return 1;
 }
 
+/* Memory for max tensors. A tensor with axes is two bytes longer for each but the first:
+   that bounds the axes of all tensors together. */
+static int exf__st_room(exf__st_in *in, size_t max) {
+  exf_st *st = in->st;
+  size_t text = in->n + EXF__ST_MIN_TENSOR, least = (EXF__ST_MIN_TENSOR - 2) * max;
+  st->dim_room = EXF__MIN(EXF__ST_MAX_AXES * max, text > least ? (text - least) / 2 : 0);
+  st->dim_room += EXF__ST_MAX_AXES;
+  st->rec = (exf__st_rec *)exf__alloc_n(in->ctx, max, sizeof *st->rec);
+  st->order = (exf__st_rec **)exf__alloc_n(in->ctx, max, sizeof *st->order);
+  st->dim = (size_t *)exf__alloc_n(in->ctx, st->dim_room, sizeof *st->dim);
+  return st->rec != NULL && st->order != NULL && st->dim != NULL;
+}
+
 /* The whole header, rules V3 to V14. */
 static int exf__st_header(exf__st_in *in) {
   exf_st *st = in->st;
@@ -7967,11 +8000,9 @@ static int exf__st_header(exf__st_in *in) {
     return exf__st_fail(in, EXF_FORMAT, "V3", NULL, "header byte %llu is not UTF-8",
                         (unsigned long long)valid);
   exf__st_peek(in);
-  max = exf__st_count(in, EXF__ST_MIN_TENSOR);
+  max = exf__st_count(in);
   if (max > EXF__ST_MAX_TENSORS) max = EXF__ST_MAX_TENSORS;
-  st->rec = (exf__st_rec *)exf__alloc_n(in->ctx, max, sizeof *st->rec);
-  st->order = (exf__st_rec **)exf__alloc_n(in->ctx, max, sizeof *st->order);
-  if (st->rec == NULL || st->order == NULL) return 0;
+  if (!exf__st_room(in, max)) return 0;
   if (!exf__st_value(in, '{', "the header")) return 0;
   if (!exf__st_eat(in, '}')) {
     do {
@@ -7994,7 +8025,7 @@ static int exf__st_header(exf__st_in *in) {
                         "header byte %llu is 0x%02x, after the end of the JSON: only"
                         " blanks may pad it", (unsigned long long)in->at,
                         (unsigned)(unsigned char)in->header[in->at]);
-  return 1;
+  return exf__st_index_metadata(in);
 }
 
 /* Rules V6, V15 and V16, of all tensors together; *used: bytes they take up. */
@@ -8160,6 +8191,7 @@ EXF_API void exf_st_close(exf_st *st) {
   exf__free(st->ctx, st->header);
   exf__free(st->ctx, st->rec);
   exf__free(st->ctx, st->order);
+  exf__free(st->ctx, st->dim);
   exf__free(st->ctx, st->meta);
   exf__free(st->ctx, st->data);
   exf__free(st->ctx, st);

@@ -64,10 +64,12 @@ TEST(random_programs_are_survived) {
 }
 
 static const char *const texts[] = {
-  "0{\"steps\": 5, \"lr\": 0.001, \"ffn\": \"mb\", \"out\": \"a\\u0041b\", \"quick\":true}",
+  "0{\"steps\": 5, \"lr\": 0.001, \"ffn\": \"mb\", \"out\": \"a\\u0041b\", "
+  "\"quick\":true}",
   "1{\"width\": 128, \"heads\": 4, \"mu\": 0.95, \"data\": \"x\\n\", \"seed\": 18}",
   "2--steps=5\n--lr\n1e-3\n--ffn\nmb\n--routed\n--quick\n--out\nx", "2--help", "2-h",
-  "2--ffn\nno such choice", "2--\33[2J", "0{\"\\n\": 1}", "0{\"out\":\"\\u001b[2J\"}", "0",
+  "2--ffn\nno such choice", "2--\33[2J", "0{\"\\n\": 1}",
+  "0{\"out\":\"\\u001b[2J\"}", "0",
   "0{", "0{}", "0{\"lr\":nan}", "0{\"lr\":1e999}", "0{\"experts\":-1}", "3[10,32,33,65]",
   "3", "3[", "3[]", "3[1,2", "3[2,1]", "3[256]", "3[1,2]x", "3x1,2]", "41,2.5,,3e5,nan\n",
   "4", "41,2"};

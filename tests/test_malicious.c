@@ -58,6 +58,42 @@ static void visit(void *user, const malicious *m) {
            (int)(m->n > 8 ? m->n - 8 : 0), m->n > 8 ? (const char *)m->data + 8 : "");
 }
 
+/* Text that looks like a great many tensors, axes and pairs: the bound holds for it, too,
+   and only a file larger than the constant shows it. */
+TEST(memory_is_bounded_in_any_text) {
+  static const char *const parts[] = {":", "[0,0,", "{:", "\"\":\"\",", ":[0],",
+                                      "\"\":{"};
+  enum { BYTES = 3 << 20, N_PARTS = (int)(sizeof parts / sizeof parts[0]) };
+  unsigned char *file = (unsigned char *)malloc(8 + BYTES);
+  heap h;
+  exf_desc desc;
+  exf_ctx *ctx;
+  size_t held, i, k, n;
+  memset(&h, 0, sizeof h);
+  memset(&desc, 0, sizeof desc);
+  heap_use(&h, &desc);
+  desc.n_threads = 1;
+  ctx = exf_ctx_new(&desc);
+  held = h.bytes;
+  for (k = 0; file && k < N_PARTS * N_PARTS; k++) {
+    const char *head = "{\"__metadata__\":{";
+    for (i = 0; i < 8; i++) file[i] = (unsigned char)((uint64_t)BYTES >> 8 * i & 255);
+    memset(file + 8, ' ', BYTES);
+    memcpy(file + 8, head, strlen(head));
+    for (n = 8 + strlen(head); n + 16 < BYTES / 2; n += strlen(parts[k % N_PARTS]))
+      memcpy(file + n, parts[k % N_PARTS], strlen(parts[k % N_PARTS]));
+    file[n++] = '}';
+    for (; n + 16 < 8 + BYTES; n += strlen(parts[k / N_PARTS]))
+      memcpy(file + n, parts[k / N_PARTS], strlen(parts[k / N_PARTS]));
+    heap_arm(&h, 0, 0);
+    CHECK(exf_st_open_memory(ctx, file, 8 + BYTES, NULL) == NULL);
+    CHECK(h.peak - held <= 4 * (size_t)BYTES + 4096 && h.bytes == held);
+    exf_error_clear(ctx);
+  }
+  free(file);
+  exf_ctx_free(ctx);
+}
+
 static audit each(const char *folder) {
   static audit a;
   exf_desc desc;
@@ -87,5 +123,6 @@ TEST(every_malicious_file_is_refused_by_its_rule) {
 int main(int argc, char **argv) {
   if (argc == 3 && strcmp(argv[1], "--write") == 0) return each(argv[2]).files == 0;
   RUN(every_malicious_file_is_refused_by_its_rule);
+  RUN(memory_is_bounded_in_any_text);
   TEST_MAIN_END;
 }
