@@ -655,10 +655,14 @@ static inline unsigned char *image_add(image_set *s, int32_t label, int group) {
 }
 
 static inline void class_add(image_set *s, const char *name) {
+  const char *c;
   if (s->classes >= MAX_CLASSES)
     fail(1, "more than %d classes: that is the most vit handles", (int)MAX_CLASSES);
   if (!is_utf8(name))
     fail(1, "the class '%s' has a name that is not UTF-8: rename its folder", name);
+  for (c = name; *c; c++)
+    if ((unsigned char)*c < 32 || *c == 127)
+      fail(1, "the class '%s' has a control character in its name: rename it", name);
   s->names[s->classes] = (char *)memory(strlen(name) + 1, 1);
   strcpy(s->names[s->classes++], name);
 }
@@ -962,10 +966,10 @@ static inline void names_write(char *const *names, size_t n, text *t) {
 
 static inline int names_read(image_set *set, const char *source, size_t n) {
   char *copy = (char *)memory(strlen(source) + 1, 1), *s = copy, *name;
-  int ok = 1;
+  int ok = *source == '[';
   strcpy(copy, source);
-  for (s++; set->classes < n && ok; s++) {
-    name = s = json_space(s);
+  while (ok && set->classes < n) {
+    name = s = json_space(s + 1);
     s = json_string(s);
     ok = s && is_utf8(name);
     if (!ok) break;
@@ -973,6 +977,7 @@ static inline int names_read(image_set *set, const char *source, size_t n) {
     ok = *s == (set->classes + 1 < n ? ',' : ']');
     class_add(set, name);
   }
+  ok = ok && s[1] == 0;
   free(copy);
   return ok;
 }

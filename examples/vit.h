@@ -234,7 +234,7 @@ static inline void geometry_read(const exf_st *st, const char *path, size_t head
   const exf_st_entry *head = exf_st_find(st, "head.weight");
   const exf_st_entry *fc1 = exf_st_find(st, "blocks.0.mlp.fc1.weight");
   const char *config = exf_st_meta(st, "exf.config"), *value;
-  size_t side = 0;
+  size_t side = 0, c;
   char name[64];
   json j;
   memset(g, 0, sizeof *g);
@@ -265,6 +265,8 @@ static inline void geometry_read(const exf_st *st, const char *path, size_t head
     fail(1, "%s: its activation is %.40s, vit has gelu: convert it", path, value);
   if (!numbers_read(&j, "mean", g->mean, g->channels)
       || !numbers_read(&j, "std", g->std, g->channels)) g->std[0] = 0;
+  for (c = 0; c < g->channels; c++)
+    if (!(g->std[c] > 0)) g->std[0] = 0;
   json_free(&j);
   if (g->n_layers < 1 || g->n_heads < 1 || g->n_heads > g->width || g->width % g->n_heads)
     fail(1, "%s: %s blocks, %s heads for width %s: its exf.config must hold num_heads, a "
