@@ -355,10 +355,10 @@
 
    ---- THREADS AND DETERMINISM ------------------------------------------ >>threads
 
-   One context per thread; inside, OpenMP splits large ops over exf_desc.n_threads. What
-   is split is always an output, never a sum, and sums have a fixed order. So the bits do
-   not depend on the number of threads, and not on AVX2, AVX-512, NEON or the reference
-   kernels. SSE2, which has no fused multiply-add, EXF_DOUBLE, 32-bit x86 by GCC without
+   One context per thread; inside, OpenMP splits large ops over exf_desc.n_threads, unless
+   that turns out slower than one thread, as on a busy machine. What is split is always an
+   output, never a sum, and sums have a fixed order. So the bits do not depend on the
+   number of threads, and not on AVX2, AVX-512, NEON or the reference kernels. SSE2, which has no fused multiply-add, EXF_DOUBLE, 32-bit x86 by GCC without
    -msse2 -mfpmath=sse, and Clang with -ffp-contract=fast have bits of their own.
    exp, log, tanh and erf are ours; from libm only sqrt reaches a weight.
    Random numbers are a function of (seed, stream, step, index), with streams named after
@@ -3068,6 +3068,14 @@ typedef struct exf__gbuf {      /* a gradient being gathered, possibly for two t
 
 static const exf_files *exf__files_default(void);   /* section files */
 
+typedef struct exf__pace {      /* how fast one kind of job is split and not */
+  uintptr_t job;
+  double rate[2];               /* seconds for a unit of work: one thread, a team */
+  unsigned left, wait;          /* turns until the other way is tried; the last wait */
+  int team;                     /* the better way */
+} exf__pace;
+#define EXF__N_PACES 16
+
 struct exf_ctx {
   exf_desc desc;
   exf_files files;
@@ -3085,6 +3093,7 @@ struct exf_ctx {
   exf__gbuf *free_gbufs;
   void **scratch;               /* (n_threads) work space of the kernels */
   size_t scratch_bytes;         /* of each */
+  exf__pace paces[EXF__N_PACES];
   exf_stats stats;
 };
 
@@ -3342,13 +3351,61 @@ typedef void exf__job(void *arg, size_t begin, size_t end, void *scratch);
 
 #define EXF__THREAD_WORK 2e6
 
+/* A team waits for its slowest thread, and on a busy machine one may not be running at
+   all: then one thread is many times faster. So both ways are timed, job by job: the
+   better one is taken, the other tried again after 16 to 1024 turns. */
+#if EXF__OPENMP
+static exf__pace *exf__pace_of(exf_ctx *ctx, exf__job *job) {
+  union { exf__job *job; uintptr_t bits; } key;
+  exf__pace *p;
+  size_t i;
+  key.job = job;
+  for (i = 0; i < EXF__N_PACES; i++) {
+    p = &ctx->paces[(key.bits / 16 + i) % EXF__N_PACES];
+    if (p->job == 0) p->team = 1;
+    if (p->job == 0 || p->job == key.bits) break;
+  }
+  p->job = key.bits;
+  return p;
+}
+
+static int exf__pace_team(exf__pace *p) { return p->left == 0 ? !p->team : p->team; }
+
+/* rate: seconds for each unit of work, this time */
+static void exf__pace_update(exf__pace *p, int team, double rate) {
+  double *r = &p->rate[team], other = p->rate[!team];
+  *r = team == p->team && *r > 0 ? 0.75 * *r + 0.25 * rate : rate;
+  if (team == p->team && !(other > 0 && *r > 1.5 * other)) {
+    p->left--;
+    return;
+  }
+  p->wait = EXF__MIN(2 * EXF__MAX(p->wait, 8u), 1024u);
+  if (team == p->team || *r < other) {
+    p->team = team == p->team ? !team : team;
+    p->wait = 16;
+  }
+  p->left = p->wait;
+}
+#endif
+
 static void exf__parallel(exf_ctx *ctx, size_t n, size_t grain, double work,
                           size_t bytes, exf__job *job, void *arg) {
   int t, i, n_threads = ctx->n_threads;
   size_t pieces = (n + grain - 1) / grain;
+#if EXF__OPENMP
+  exf__pace *pace = NULL;
+  double start = 0;
+#endif
   if (n == 0) return;
   if (work < EXF__THREAD_WORK || !EXF__OPENMP) n_threads = 1;
   if ((size_t)n_threads > pieces) n_threads = (int)pieces;
+#if EXF__OPENMP
+  if (n_threads > 1) {
+    pace = exf__pace_of(ctx, job);
+    if (!exf__pace_team(pace)) n_threads = 1;
+    start = omp_get_wtime();
+  }
+#endif
   if (bytes > ctx->scratch_bytes) {
     for (i = 0; i < ctx->n_threads; i++) {
       exf__free(ctx, ctx->scratch[i]);
@@ -3368,6 +3425,9 @@ static void exf__parallel(exf_ctx *ctx, size_t n, size_t grain, double work,
     if (end > n) end = n;
     if (begin < end) job(arg, begin, end, ctx->scratch[t]);
   }
+#if EXF__OPENMP
+  if (pace) exf__pace_update(pace, n_threads > 1, (omp_get_wtime() - start) / work);
+#endif
 }
 
 /* ---- random numbers --------------------------------------------------- >>random */
@@ -7039,13 +7099,14 @@ EXF_API exf_status exf_ema_update(exf_ema *e) {
   if (ctx->status != EXF_OK) return ctx->status;
   now = exf__merged(e->model, &n);
   if (!now) return ctx->status;
-  for (i = 0; i < n && i < e->n; i++) {
-    exf_real *avg = e->avg[i].data;
-    size = exf__shape_size(&now[i].shape);
-    if (strcmp(now[i].name, e->avg[i].name) != 0
+  for (i = 0; i < n; i++)
+    if (i >= e->n || strcmp(now[i].name, e->avg[i].name) != 0
         || !exf__same(&now[i].shape, &e->avg[i].shape))
       return exf_fail(ctx, EXF_STATE, "ema: the parameters of the model changed at '%s'",
                       now[i].name);
+  for (i = 0; i < n; i++) {
+    exf_real *avg = e->avg[i].data;
+    size = exf__shape_size(&now[i].shape);
     for (j = 0; j < size; j++)
       avg[j] = EXF__R(e->decay * (double)avg[j]
                       + (1 - e->decay) * (double)now[i].data[j]);
@@ -7053,32 +7114,31 @@ EXF_API exf_status exf_ema_update(exf_ema *e) {
   return EXF_OK;
 }
 
-EXF_API exf_status exf_ema_copy_to(const exf_ema *e, exf_model *dense) {
+/* Between the averages and a dense model, in either direction; all or nothing. */
+static exf_status exf__ema_copy(const exf_ema *e, const exf_model *dense, int to_model) {
+  exf_param *p;
   size_t i;
   if (!e || !dense) return EXF_ARG;
   for (i = 0; i < e->n; i++) {
-    const exf__average *s = &e->avg[i];
-    exf_param *p = exf_model_find(dense, s->name);
-    if (!p || !exf__same(&p->t.shape, &s->shape))
+    p = exf_model_find(dense, e->avg[i].name);
+    if (!p || !exf__same(&p->t.shape, &e->avg[i].shape))
       return exf_fail(dense->ctx, EXF_MISMATCH, "ema: the model has no '%s' of shape %s",
-                      s->name, exf__show(&s->shape).s);
-    memcpy(p->t.data, s->data, p->t.size * sizeof(exf_real));
+                      e->avg[i].name, exf__show(&e->avg[i].shape).s);
+  }
+  for (i = 0; i < e->n; i++) {
+    exf_real *avg = e->avg[i].data;
+    p = exf_model_find(dense, e->avg[i].name);
+    memcpy(to_model ? p->t.data : avg, to_model ? avg : p->t.data,
+           p->t.size * sizeof(exf_real));
   }
   return EXF_OK;
 }
 
+EXF_API exf_status exf_ema_copy_to(const exf_ema *e, exf_model *dense) {
+  return exf__ema_copy(e, dense, 1);
+}
 EXF_API exf_status exf_ema_copy_from(exf_ema *e, const exf_model *dense) {
-  size_t i;
-  if (!e || !dense) return EXF_ARG;
-  for (i = 0; i < e->n; i++) {
-    exf__average *s = &e->avg[i];
-    exf_param *p = exf_model_find(dense, s->name);
-    if (!p || !exf__same(&p->t.shape, &s->shape))
-      return exf_fail(dense->ctx, EXF_MISMATCH, "ema: the model has no '%s' of shape %s",
-                      s->name, exf__show(&s->shape).s);
-    memcpy(s->data, p->t.data, p->t.size * sizeof(exf_real));
-  }
-  return EXF_OK;
+  return exf__ema_copy(e, dense, 0);
 }
 /* ---- files ------------------------------------------------------------ >>files */
 
@@ -8757,9 +8817,13 @@ static int exf__name_order(const void *a, const void *b) {
   return strcmp(((const exf__slot *)a)->name, ((const exf__slot *)b)->name);
 }
 
+static int exf__is_moment(const char *name) {
+  return strncmp(name, "adamw.", 6) == 0 || strncmp(name, "sgd.m.", 6) == 0;
+}
+
 /* All names, shapes and types are checked before the first number is taken over. Other
-   tensors in the file are refused, but for those that begin with ignore. */
-static exf_status exf__slots_load(exf__slots *s, const exf_st *st, const char *ignore) {
+   tensors in the file are refused, but for moments where they are not wanted. */
+static exf_status exf__slots_load(exf__slots *s, const exf_st *st, int skip_moments) {
   exf_ctx *ctx = s->ctx;
   size_t i, k;
   for (i = 0; i < s->n && ctx->status == EXF_OK; i++)
@@ -8769,7 +8833,7 @@ static exf_status exf__slots_load(exf__slots *s, const exf_st *st, const char *i
   for (i = k = 0; i < st->n; i++) {
     const exf_st_entry *e = &st->order[i]->entry;
     if (k < s->n && s->slot[k].entry == e) k++;
-    else if (!ignore || strncmp(e->name, ignore, strlen(ignore)) != 0)
+    else if (!skip_moments || !exf__is_moment(e->name))
       return exf_fail(ctx, EXF_MISMATCH, "load: the file holds '%.80s', which the model "
                       "does not have", e->name);
   }
@@ -8807,7 +8871,7 @@ EXF_API exf_status exf_model_load(exf_model *model, const exf_st *st) {
                "equal", a->param->name, a->name);
     exf__slots_add(&s, "", a->name, "", &a->param->t.shape, NULL);
   }
-  if (ctx->status == EXF_OK) exf__slots_load(&s, st, NULL);
+  if (ctx->status == EXF_OK) exf__slots_load(&s, st, 0);
   exf__slots_free(&s);
   for (i = 0; ctx->status == EXF_OK && i < model->n_ffns; i++)
     model->ffns[i]->trained = 1;
@@ -8890,7 +8954,7 @@ EXF_API exf_status exf_checkpoint_load(exf_model *model, exf_optim *optim,
     return exf_fail(ctx, EXF_MISMATCH, "load: the file has no update count (%s): it is "
                     "not a training checkpoint", EXF__UPDATES);
   if (exf__checkpoint_slots(&s, model, optim != NULL)
-      && exf__slots_load(&s, st, optim ? NULL : "adamw.") == EXF_OK && optim)
+      && exf__slots_load(&s, st, !optim) == EXF_OK && optim)
     optim->t = updates;
   exf__slots_free(&s);
   for (i = 0; ctx->status == EXF_OK && i < model->n_ffns; i++)
