@@ -2289,6 +2289,8 @@ EXF__INLINE void EXF__F(gemv)(const int nv, size_t k, const float *a, size_t a_c
   EXF__V s[4], y[4], r[4];
   size_t p, p0, end, i, q;
   int v;
+  EXF__UNROLL
+  for (v = 0; v < nv; v++) y[v] = EXF__SET(0.0f); /* for GCC's warning at -Os */
   for (p0 = 0; p0 < k; p0 = end) {
     end = EXF__MIN(k, p0 + EXF__KC);
     EXF__UNROLL
