@@ -56,7 +56,8 @@
      contiguous, and exf_permute and exf_slice copy.
    - No convolution, recurrence, rotary positions, grouped queries, or attention mask
      other than causal.
-   - No tokenizer and no models: GPT is examples/charlm.c, built from the modules.
+   - No tokenizer and no models: examples/charlm.c and vit.c build a GPT and a Vision
+     Transformer from the modules.
    - No export to other frameworks' folders: it reads and writes single safetensors files.
    - No exit, abort, print, environment variable or mutable global, ever.
    - No fast kernels on compilers other than GCC and Clang: they get the reference ones.
@@ -213,8 +214,9 @@
       return 0;
     }
 
-   From here: examples/hello.c, then examples/charlm.c, a whole training program with
-   checkpoints, exact resuming and generation; >>api has every function and its formula.
+   From here: examples/hello.c, then examples/charlm.c and vit.c, whole training programs
+   with checkpoints, exact resuming, generation and pictures; >>api has every function and
+   its formula.
 
    ---- THE METHOD ------------------------------------------------------- >>method
 
@@ -289,7 +291,8 @@
    1. Adam divides the scale out. For constant positive a every expert takes the same
       step whatever a_i is, up to eps, which acts as eps / a_i. So sw under AdamW is dense
       AdamW from the experts' mean with N eps, for ever; under SGD it is dense SGD at lr/N
-      with N times the coupled decay. sw is a control, not a gain.
+      with N times the coupled decay. sw is a control, not a gain; the mean alone, which
+      exf_fusion_desc.lean stores, trains the same.
    2. Differences between experts only shrink, by prod_t (1 - lr_t wd), unless a changes
       quickly. exf_expert_decay predicts the factor: 0.90 for charlm's defaults.
    3. Identical copies with equal weights get identical gradients and stay identical.
@@ -401,7 +404,7 @@
    training needs; with F the name of an FFN (transformer.h.0.mlp) and the layer c_fc:
 
        NAME                           parameters outside FFNs, each once
-       adamw.m.NAME, adamw.v.NAME     moments (sgd.m.NAME: momentum)
+       adamw.m.NAME, adamw.v.NAME     moments (sgd.m.NAME: momentum); shared: without N
        F.experts.c_fc.weight          [N,h,d]; .bias [N,h]; c_proj likewise
        F.fusion.weight                [N]   dw: a, or z
        F.router.weight, .bias         [N,d], [N]   mb
