@@ -361,8 +361,9 @@
    One context per thread; inside, OpenMP splits large ops over exf_desc.n_threads, unless
    that turns out slower than one thread, as on a busy machine. What is split is always an
    output, never a sum, and sums have a fixed order. So the bits do not depend on the
-   number of threads, and not on AVX2, AVX-512, NEON or the reference kernels. SSE2, which has no fused multiply-add, EXF_DOUBLE, 32-bit x86 by GCC without
-   -msse2 -mfpmath=sse, and Clang with -ffp-contract=fast have bits of their own.
+   number of threads, and not on AVX2, AVX-512, NEON or the reference kernels. SSE2,
+   which has no fused multiply-add, EXF_DOUBLE, 32-bit x86 by GCC without -msse2
+   -mfpmath=sse, and Clang with -ffp-contract=fast have bits of their own.
    exp, log, tanh and erf are ours; from libm only sqrt reaches a weight.
    Random numbers are a function of (seed, stream, step, index), with streams named after
    parameters: evaluation, logging, resuming and threads cannot disturb training.
