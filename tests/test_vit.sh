@@ -180,7 +180,7 @@ ok "the average is a model" "$vit" eval $dir/v7/ema-20.safetensors --data $idx
 ok "it is another" differ $dir/v7/ema-20.safetensors $dir/v7/model.safetensors
 
 # ---- stopping and going on, in the middle of an epoch
-long="--steps 1500 --experts 3 --drop-path 0.1 --ema 0.99 --dropout 0.1"
+long="--steps 4000 --experts 3 --drop-path 0.1 --ema 0.99 --dropout 0.1"
 # shellcheck disable=SC2086
 train whole $long --save-every 101
 if command -v timeout > /dev/null 2>&1; then
@@ -199,7 +199,7 @@ if command -v timeout > /dev/null 2>&1; then
       > /dev/null 2>&1
     ok "--resume" "$vit" train --resume --out $dir/parts --quiet --threads 2
     ok "as if never stopped" same_run $dir/whole $dir/parts
-    for f in checkpoint ema-1500; do
+    for f in checkpoint ema-4000; do
       ok "the same $f" same $dir/whole/$f.safetensors $dir/parts/$f.safetensors
     done
   fi
