@@ -204,7 +204,8 @@ for o in -O0 -O1 -O2 -O3 "-O2 -ffp-contract=fast"; do
   one "aarch64 $o" fma "$arm64 $o" "" qemu-aarch64
 done
 one "aarch64, ref" fma "$arm64 -O1" ref qemu-aarch64
-one "aarch64 -fopenmp, 3 threads" fma "$arm64 -O1 -fopenmp" threads=3 qemu-aarch64
+one "aarch64 -fopenmp, 3 threads" fma "aarch64-linux-gnu-gcc -std=c99 -O1 -fopenmp" \
+  threads=3 "qemu-aarch64 -L /usr/aarch64-linux-gnu"
 one "aarch64, clang" fma "clang --target=aarch64-linux-gnu -static -std=c99 -O2" "" \
   qemu-aarch64
 arm="arm-linux-gnueabihf-gcc -static -std=c99"
