@@ -224,6 +224,7 @@ help:
 	@echo 'make mutate N=200 how many small changes to exfusion.h the tests notice'
 	@echo 'make install      exfusion.h to $$(DESTDIR)$$(PREFIX)/include'
 	@echo 'make clean        remove build/'
+	@echo 'make help         this list'
 	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS STB PYTHON'
 
 .PHONY: all demo demo-vit test quality quality-vit bench bench-torch interop fuzz \
