@@ -2686,13 +2686,13 @@ EXF__INLINE float EXF__F(dot)(size_t n, const float *a, const float *b) {
   return EXF__F(fold)(l, 0);
 }
 
-EXF__INLINE float EXF__F(max)(size_t n, const float *x, float scale, float fill) {
+EXF__INLINE float EXF__F(max)(size_t n, const float *x) {
   EXF__V l[EXF__NV];
   size_t i, v;
   float m;
   EXF__F(clear)(l, -HUGE_VALF);
   EXF__EACH(i, v, n)
-  l[v] = EXF__MAXV(EXF__F(get)(x, EXF__AT, n, fill) * EXF__SET(scale), l[v]);
+  l[v] = EXF__MAXV(EXF__F(get)(x, EXF__AT, n, -HUGE_VALF), l[v]);
   m = EXF__F(fold)(l, 1);
   return m == -HUGE_VALF ? 0 : m;
 }
@@ -2713,7 +2713,7 @@ EXF__TARGET static void EXF__F(softmax)(size_t rows, size_t n, const float *x,
                                         float *y) {
   size_t r, i;
   for (r = 0; r < rows; r++, x += n, y += n) {
-    float s = EXF__F(exp_sum)(n, x, EXF__F(max)(n, x, 1, -HUGE_VALF), y);
+    float s = EXF__F(exp_sum)(n, x, EXF__F(max)(n, x), y);
     s = s == 0 ? 0 : 1 / s;
     for (i = 0; i < n; i += EXF__W)
       EXF__F(put)(y, i, n, EXF__F(get)(y, i, n, 0) * EXF__SET(s));
@@ -2737,7 +2737,7 @@ EXF__TARGET static void EXF__F(log_softmax)(size_t rows, size_t n, const float *
                                             float *y) {
   size_t r, i;
   for (r = 0; r < rows; r++, x += n, y += n) {
-    float m = EXF__F(max)(n, x, 1, -HUGE_VALF), s = EXF__F(exp_sum)(n, x, m, NULL);
+    float m = EXF__F(max)(n, x), s = EXF__F(exp_sum)(n, x, m, NULL);
     EXF__V lse = EXF__SET(m + exf__log(s)), zero = EXF__SET(0.0f);
     for (i = 0; i < n; i += EXF__W)
       EXF__F(put)(y, i, n, s == 0 ? zero : (EXF__V)(EXF__F(get)(x, i, n, 0) - lse));
@@ -2770,7 +2770,7 @@ EXF__TARGET static void EXF__F(cross_entropy)(size_t rows, size_t n, const float
     float m, s;
     row_loss[r] = lse[r] = 0;
     if (labels[r] < 0) continue;
-    m = EXF__F(max)(n, x, 1, -HUGE_VALF);
+    m = EXF__F(max)(n, x);
     s = exf__log(EXF__F(exp_sum)(n, x, m, NULL));
     lse[r] = m + s;
     s -= (1 - smoothing) * (x[labels[r]] - m);
