@@ -1182,7 +1182,12 @@ typedef void exf__gemm_fn(size_t m, size_t n, size_t k, const exf_real *a, size_
                           void *scratch);
 /* Attention takes EXF__ATT queries at a time and keeps their scores transposed,
    s (nk, EXF__ATT): a column is a query, and its softmax needs no sum across a vector.
-   Query i sees the first len + i causal keys. In: s = K Q^T. Out: s = exp(scale s - m), 0
+   Columns from `rows` on hold anything. */
+/* s = K Q^T, k (nk,d), q (rows,d) */
+typedef void exf__att_scores_fn(size_t nk, size_t rows, size_t d, const exf_real *k,
+                                size_t k_stride, const exf_real *q, size_t q_stride,
+                                exf_real *s, void *scratch);
+/* Query i sees the first len + i causal keys. In: s = K Q^T. Out: s = exp(scale s - m), 0
    where unseen; m (rows) the maxima, inv (rows) 1 / sum (0 when nothing is finite). */
 typedef void exf__att_softmax_fn(size_t nk, size_t rows, size_t len, int causal,
                                  exf_real scale, exf_real *s, exf_real *m,
@@ -1699,6 +1704,13 @@ static void exf__cross_entropy_grad_ref(size_t rows, size_t n, const exf_real *x
     }
 }
 
+static void exf__att_scores_ref(size_t nk, size_t rows, size_t d, const exf_real *k,
+                                size_t k_stride, const exf_real *q, size_t q_stride,
+                                exf_real *s, void *scratch) {
+  exf__gemm_ref(nk, rows, d, k, k_stride, 1, q, 1, q_stride, s, EXF__ATT, 0, NULL,
+                scratch);
+}
+
 static void exf__att_softmax_ref(size_t nk, size_t rows, size_t len, int causal,
                                  exf_real scale, exf_real *s, exf_real *m,
                                  exf_real *inv) {
@@ -1743,9 +1755,10 @@ static size_t exf__attention_scratch(const exf__kernels *k, size_t t) {
 }
 
 /* stat (2,tq): the rows m and inv of all queries */
-static void exf__attention(exf__gemm_fn *gemm, exf__att_softmax_fn *softmax,
-                           exf__axpy_fn *axpy, size_t gemm_scratch, size_t tq,
-                           size_t tk, size_t d, const exf_real *q, size_t q_stride,
+static void exf__attention(exf__gemm_fn *gemm, exf__att_scores_fn *scores,
+                           exf__att_softmax_fn *softmax, exf__axpy_fn *axpy,
+                           size_t gemm_scratch, size_t tq, size_t tk, size_t d,
+                           const exf_real *q, size_t q_stride,
                            const exf_real *k, const exf_real *v, size_t kv_stride,
                            exf_real scale, int causal, exf_real *out,
                            size_t out_stride, exf_real *stat, void *scratch) {
@@ -1760,8 +1773,7 @@ static void exf__attention(exf__gemm_fn *gemm, exf__att_softmax_fn *softmax,
       m = stat + i;
       inv = m + tq;
     }
-    gemm(nk, rows, d, k, kv_stride, 1, q + i * q_stride, 1, q_stride, s, EXF__ATT, 0,
-         NULL, scratch);
+    scores(nk, rows, d, k, kv_stride, q + i * q_stride, q_stride, s, scratch);
     softmax(nk, rows, len, causal, scale, s, m, inv);
     gemm(rows, d, nk, s, 1, EXF__ATT, v, kv_stride, 1, out + i * out_stride, out_stride,
          0, NULL, scratch);
@@ -1774,7 +1786,7 @@ static void exf__attention(exf__gemm_fn *gemm, exf__att_softmax_fn *softmax,
 
 /* From the last block of queries, which sees all keys, to the first, so that it may
    overwrite dk and dv, to which the others add. */
-static void exf__attention_grad(exf__gemm_fn *gemm,
+static void exf__attention_grad(exf__gemm_fn *gemm, exf__att_scores_fn *scores,
                                 exf__att_softmax_grad_fn *softmax_grad,
                                 exf__dots_fn *dots, size_t gemm_scratch, size_t t,
                                 size_t d, const exf_real *q, const exf_real *k,
@@ -1795,8 +1807,8 @@ static void exf__attention_grad(exf__gemm_fn *gemm,
     doi = dout + i * out_stride;
     rows = EXF__MIN((size_t)EXF__ATT, t - i);
     nk = causal ? i + rows : t;
-    gemm(nk, rows, d, k, stride, 1, qi, 1, stride, s, EXF__ATT, 0, NULL, scratch);
-    gemm(nk, rows, d, v, stride, 1, doi, 1, out_stride, dp, EXF__ATT, 0, NULL, scratch);
+    scores(nk, rows, d, k, stride, qi, stride, s, scratch);
+    scores(nk, rows, d, v, stride, doi, out_stride, dp, scratch);
     for (r = 0; r < rows; r++) {
       double sum = 0;
       dots(1, d, 0, doi + r * out_stride, out + (i + r) * out_stride, &sum);
@@ -1818,18 +1830,19 @@ static void exf__attention_grad(exf__gemm_fn *gemm,
       size_t tq, size_t tk, size_t d, const exf_real *q, size_t q_stride,               \
       const exf_real *k, const exf_real *v, size_t kv_stride, exf_real scale,           \
       int causal, exf_real *out, size_t out_stride, exf_real *stat, void *scratch) {    \
-    exf__attention(exf__gemm_##isa, exf__att_softmax_##isa, exf__axpy_##isa, bytes, tq, \
-                   tk, d, q, q_stride, k, v, kv_stride, scale, causal, out, out_stride, \
-                   stat, scratch);                                                      \
+    exf__attention(exf__gemm_##isa, exf__att_scores_##isa, exf__att_softmax_##isa,      \
+                   exf__axpy_##isa, bytes, tq, tk, d, q, q_stride, k, v, kv_stride,     \
+                   scale, causal, out, out_stride, stat, scratch);                      \
   }                                                                                     \
   static void exf__attention_grad_##isa(                                                \
       size_t t, size_t d, const exf_real *q, const exf_real *k, const exf_real *v,      \
       size_t stride, exf_real scale, int causal, const exf_real *out,                   \
       const exf_real *dout, size_t out_stride, const exf_real *stat, exf_real *dq,      \
       exf_real *dk, exf_real *dv, size_t d_stride, int acc, void *scratch) {            \
-    exf__attention_grad(exf__gemm_##isa, exf__att_softmax_grad_##isa, exf__dots_##isa,  \
-                        bytes, t, d, q, k, v, stride, scale, causal, out, dout,         \
-                        out_stride, stat, dq, dk, dv, d_stride, acc, scratch);          \
+    exf__attention_grad(exf__gemm_##isa, exf__att_scores_##isa,                         \
+                        exf__att_softmax_grad_##isa, exf__dots_##isa, bytes, t, d, q, k,\
+                        v, stride, scale, causal, out, dout, out_stride, stat, dq, dk,  \
+                        dv, d_stride, acc, scratch);                                    \
   }
 
 /* out = sum_i a_i e_i, i ascending */
@@ -2813,6 +2826,32 @@ EXF__INLINE EXF__V EXF__F(hide)(EXF__V x, size_t i, size_t first, float fill) {
   return (EXF__V)(((EXF__VU)x & ~hidden) | ((EXF__VU)EXF__SET(fill) & hidden));
 }
 
+/* Strips of keys pass over whole vectors of queries, zeros past the last. A product that
+   may not touch the columns past it costs twice as much for a tail of two. */
+EXF__TARGET static void EXF__F(att_scores)(size_t nk, size_t rows, size_t d,
+                                           const float *k, size_t k_stride,
+                                           const float *q, size_t q_stride, float *s,
+                                           void *scratch) {
+  float *pq = (float *)scratch;
+  size_t i, j, p, mr, kc;
+  for (p = 0; p < d; p += kc, k += kc) {
+    kc = EXF__MIN(d - p, (size_t)EXF__KC);
+    EXF__F(pack_b)(kc, rows, q + p, 1, q_stride, pq);
+    for (i = 0; i < nk; i += mr) {
+      const float *ki = k + i * k_stride;
+      float *si = s + i * EXF__ATT;
+      mr = EXF__MIN(nk - i, (size_t)EXF__MR);
+      for (j = 0; j < rows; j += EXF__NR)
+        if (rows - j > EXF__W)
+          EXF__F(panel)(2, mr, kc, ki, k_stride, 1, pq + j * kc, EXF__NR, si + j,
+                        EXF__ATT, EXF__NR, p > 0, NULL);
+        else
+          EXF__F(panel)(1, mr, kc, ki, k_stride, 1, pq + j * kc, EXF__NR, si + j,
+                        EXF__ATT, EXF__W, p > 0, NULL);
+    }
+  }
+}
+
 EXF__TARGET static void EXF__F(att_softmax)(size_t nk, size_t rows, size_t len,
                                             int causal, float scale, float *s, float *m,
                                             float *inv) {
@@ -2821,7 +2860,7 @@ EXF__TARGET static void EXF__F(att_softmax)(size_t nk, size_t rows, size_t len,
   for (i = 0; i < rows; i += EXF__W, s += EXF__W) {
     EXF__V top = low, sum = EXF__SET(0.0f);
     for (j = 0; j < nk; j++) {
-      EXF__V x = EXF__F(get)(s + j * EXF__ATT, 0, rows - i, 0) * sv;
+      EXF__V x = EXF__LOAD(s + j * EXF__ATT) * sv;
       if (j >= seen) x = EXF__F(hide)(x, i, j - seen + 1, -HUGE_VALF);
       top = EXF__MAXV(x, top);
       EXF__STORE(s + j * EXF__ATT, x);
@@ -2848,8 +2887,8 @@ EXF__TARGET static void EXF__F(att_softmax_grad)(size_t nk, size_t rows, size_t 
     EXF__V mv = EXF__F(get)(m, i, rows, 0), iv = EXF__F(get)(inv, i, rows, 0);
     EXF__V Dv = EXF__F(get)(D, i, rows, 0);
     for (j = 0; j < nk; j++) {
-      EXF__V p = sv * EXF__F(get)(s + j * EXF__ATT, 0, rows - i, 0) - mv;
-      EXF__V d = EXF__F(get)(dp + j * EXF__ATT, 0, rows - i, 0) - Dv;
+      EXF__V p = sv * EXF__LOAD(s + j * EXF__ATT) - mv;
+      EXF__V d = EXF__LOAD(dp + j * EXF__ATT) - Dv;
       p = EXF__F(exp)(p) * iv;
       if (j >= seen) p = EXF__F(hide)(p, i, j - seen + 1, 0);
       EXF__STORE(s + j * EXF__ATT, p);
