@@ -1215,8 +1215,9 @@ typedef struct exf__kernels {
   size_t scratch;   /* bytes of work space gemm needs, 64-byte aligned */
   exf__gemm_fn *gemm;
   void (*unary)(int op, size_t n, const exf_real *x, exf_real *y);
+  /* dx = [dx +] dy f'(x), dx may be dy; and y = f(x), when y is not NULL */
   void (*unary_grad)(int op, size_t n, const exf_real *x, const exf_real *dy,
-                     exf_real *dx, int acc);
+                     exf_real *dx, int acc, exf_real *y);
   void (*add)(size_t n, const exf_real *a, const exf_real *b, exf_real *y);
   void (*mul)(size_t n, const exf_real *a, const exf_real *b, exf_real *y, int acc);
   exf__axpy_fn *axpy;
@@ -1499,11 +1500,12 @@ static void exf__unary_ref(int op, size_t n, const exf_real *x, exf_real *y) {
 }
 
 static void exf__unary_grad_ref(int op, size_t n, const exf_real *x, const exf_real *dy,
-                                exf_real *dx, int acc) {
+                                exf_real *dx, int acc, exf_real *y) {
   size_t i;
   for (i = 0; i < n; i++) {
     exf_real f = exf__df_ref(op, x[i]);
     dx[i] = acc ? EXF__FMA(dy[i], f, dx[i]) : dy[i] * f;
+    if (y) y[i] = exf__f_ref(op, x[i]);
   }
 }
 
@@ -2537,17 +2539,21 @@ EXF__TARGET static void EXF__F(unary)(int op, size_t n, const float *x, float *y
   }
 }
 
+/* f and f' of a vector share what they have in common: y costs little more than its
+   store. */
 EXF__TARGET static void EXF__F(unary_grad)(int op, size_t n, const float *x,
-                                           const float *dy, float *dx, int acc) {
+                                           const float *dy, float *dx, int acc,
+                                           float *y) {
   size_t i;
   switch (op) {
 #define EXF__X(name)                                                                   \
   case EXF__U_##name:                                                                  \
     for (i = 0; i < n; i += EXF__W) {                                                  \
-      EXF__V f = EXF__F(df)(EXF__U_##name, EXF__F(get)(x, i, n, 0));                   \
-      EXF__V d = EXF__F(get)(dy, i, n, 0);                                             \
+      EXF__V xv = EXF__F(get)(x, i, n, 0), d = EXF__F(get)(dy, i, n, 0);               \
+      EXF__V f = EXF__F(df)(EXF__U_##name, xv);                                        \
       f = acc ? EXF__FMAV(d, f, EXF__F(get)(dx, i, n, 0)) : (EXF__V)(d * f);           \
       EXF__F(put)(dx, i, n, f);                                                        \
+      if (y) EXF__F(put)(y, i, n, EXF__F(f)(EXF__U_##name, xv));                       \
     }                                                                                  \
     break;
     EXF__OPS(EXF__X)
@@ -3700,7 +3706,8 @@ static const exf_real *exf__dout(const exf__node *node) { return node->out->gbuf
 
 /* Gradient buffers are counted: an op that passes its gradient on unchanged (add,
    reshape) shares the buffer, and whoever adds to a shared one first copies it. A buffer
-   goes back to the list when the op whose result it belongs to has been walked. */
+   goes back to the list when the op whose result it belongs to has been walked. Ops that
+   need room for a while take it from there, too. */
 static exf__gbuf *exf__gbuf_take(exf_ctx *ctx, size_t n) {
   exf__gbuf **link, *g;
   for (link = &ctx->free_gbufs; *link; link = &(*link)->next)
@@ -3718,12 +3725,15 @@ static exf__gbuf *exf__gbuf_take(exf_ctx *ctx, size_t n) {
   return g;
 }
 
-static void exf__gbuf_drop(exf_ctx *ctx, exf_tensor *t) {
-  exf__gbuf *g = t->gbuf;
-  t->gbuf = NULL;
+static void exf__gbuf_give(exf_ctx *ctx, exf__gbuf *g) {
   if (!g || --g->refs > 0) return;
   g->next = ctx->free_gbufs;
   ctx->free_gbufs = g;
+}
+
+static void exf__gbuf_drop(exf_ctx *ctx, exf_tensor *t) {
+  exf__gbuf_give(ctx, t->gbuf);
+  t->gbuf = NULL;
 }
 
 /* Where a parameter gathers: (shape), experts of an FFN (shape without N). */
@@ -4010,7 +4020,7 @@ typedef struct exf__unary_work {
   const exf__kernels *k;
   int kind, acc;
   const exf_real *x, *dy;
-  exf_real *out;
+  exf_real *y, *dx;
 } exf__unary_work;
 
 static int exf__unary_kind(int op) {
@@ -4027,33 +4037,37 @@ static int exf__unary_kind(int op) {
 static void exf__unary_job(void *arg, size_t begin, size_t end, void *scratch) {
   const exf__unary_work *w = (const exf__unary_work *)arg;
   (void)scratch;
-  if (w->dy)
-    w->k->unary_grad(w->kind, end - begin, w->x + begin, w->dy + begin, w->out + begin,
-                     w->acc);
-  else w->k->unary(w->kind, end - begin, w->x + begin, w->out + begin);
+  if (w->dx)
+    w->k->unary_grad(w->kind, end - begin, w->x + begin, w->dy + begin, w->dx + begin,
+                     w->acc, w->y ? w->y + begin : NULL);
+  else w->k->unary(w->kind, end - begin, w->x + begin, w->y + begin);
 }
 
-static void exf__unary_run(exf_ctx *ctx, exf__node *n, const exf_real *dy, exf_real *out,
-                           int acc) {
+/* y = f(x), dx = [dx +] dy f'(x): what is not NULL of the two */
+static void exf__unary_run(exf_ctx *ctx, int kind, size_t n, const exf_real *x,
+                           exf_real *y, const exf_real *dy, exf_real *dx, int acc) {
   exf__unary_work w;
   w.k = ctx->k;
-  w.kind = exf__unary_kind(n->op);
+  w.kind = kind;
   w.acc = acc;
-  w.x = n->in[0]->data;
+  w.x = x;
   w.dy = dy;
-  w.out = out;
-  exf__parallel(ctx, n->out->size, 256, 16.0 * (double)n->out->size, 0, exf__unary_job,
-                &w);
+  w.y = y;
+  w.dx = dx;
+  exf__parallel(ctx, n, 256, 16.0 * (double)n, 0, exf__unary_job, &w);
 }
 
 static void exf__unary_forward(exf_ctx *ctx, exf__node *n) {
-  exf__unary_run(ctx, n, NULL, n->out->data, 0);
+  exf__unary_run(ctx, exf__unary_kind(n->op), n->out->size, n->in[0]->data, n->out->data,
+                 NULL, NULL, 0);
 }
 
 static void exf__unary_backward(exf_ctx *ctx, exf__node *n) {
   int acc;
   exf_real *dx = exf__grad(ctx, n->in[0], &acc);
-  if (dx) exf__unary_run(ctx, n, exf__dout(n), dx, acc);
+  if (dx)
+    exf__unary_run(ctx, exf__unary_kind(n->op), n->out->size, n->in[0]->data, NULL,
+                   exf__dout(n), dx, acc);
 }
 #define exf__EXP_forward exf__unary_forward
 #define exf__TANH_forward exf__unary_forward
@@ -4253,12 +4267,21 @@ static int exf__LINEAR_shape(exf_ctx *ctx, exf__node *n, exf_shape *out) {
   return 1;
 }
 
-/* Y (rows,out) = X (rows,in) W^T + b */
+/* Y (rows,out) = f(X) (rows,in) W^T + b; f is nothing for arg.i 0, else the function
+   arg.i - 1, whose values are not kept: backward has them for the price of a store. */
 static void exf__LINEAR_forward(exf_ctx *ctx, exf__node *n) {
   size_t in = n->in[1]->shape.dim[1], out = n->in[1]->shape.dim[0];
-  size_t rows = out ? n->out->size / out : 0;
-  exf__gemm(ctx, rows, out, in, n->in[0]->data, in, 1, n->in[1]->data, 1, in,
-            n->out->data, 0, n->n_in > 2 ? n->in[2]->data : NULL);
+  size_t rows = out ? n->out->size / out : 0, size = n->in[0]->size;
+  const exf_real *x = n->in[0]->data;
+  exf__gbuf *h = NULL;
+  if (n->arg.i) {
+    if (!(h = exf__gbuf_take(ctx, size))) return;
+    exf__unary_run(ctx, n->arg.i - 1, size, x, h->data, NULL, NULL, 0);
+    x = h->data;
+  }
+  exf__gemm(ctx, rows, out, in, x, in, 1, n->in[1]->data, 1, in, n->out->data, 0,
+            n->n_in > 2 ? n->in[2]->data : NULL);
+  exf__gbuf_give(ctx, h);
 }
 
 typedef struct exf__colsum_work {
@@ -4288,19 +4311,28 @@ static void exf__colsum(exf_ctx *ctx, size_t rows, size_t n, const exf_real *x,
   exf__parallel(ctx, n, 64, (double)rows * (double)n, 0, exf__colsum_job, &w);
 }
 
-/* dX = dY W, dW = dY^T X, db = column sums of dY */
+/* With H = f(X): dH = dY W, dX = dH f'(X), dW = dY^T H, db = column sums of dY */
 static void exf__LINEAR_backward(exf_ctx *ctx, exf__node *n) {
   size_t in = n->in[1]->shape.dim[1], out = n->in[1]->shape.dim[0];
-  size_t rows = out ? n->out->size / out : 0;
-  const exf_real *dy = exf__dout(n);
-  int acc;
-  exf_real *g;
-  if ((g = exf__grad(ctx, n->in[0], &acc)) != NULL)
-    exf__gemm(ctx, rows, in, out, dy, out, 1, n->in[1]->data, in, 1, g, acc, NULL);
-  if ((g = exf__grad(ctx, n->in[1], &acc)) != NULL)
-    exf__gemm(ctx, out, in, rows, dy, 1, out, n->in[0]->data, in, 1, g, acc, NULL);
+  size_t rows = out ? n->out->size / out : 0, size = n->in[0]->size;
+  const exf_real *dy = exf__dout(n), *x = n->in[0]->data;
+  int acc, acc_w, f = n->arg.i - 1;
+  exf_real *dx = exf__grad(ctx, n->in[0], &acc), *g;
+  exf_real *dw = exf__grad(ctx, n->in[1], &acc_w);
+  exf__gbuf *h = NULL, *dh = NULL;
+  if (f >= 0 && dw && !(h = exf__gbuf_take(ctx, size))) return;
+  if (f >= 0 && dx && acc && !(dh = exf__gbuf_take(ctx, size))) return;
+  if (dx)
+    exf__gemm(ctx, rows, in, out, dy, out, 1, n->in[1]->data, in, 1, dh ? dh->data : dx,
+              acc && !dh, NULL);
+  if (f >= 0 && (dx || h))
+    exf__unary_run(ctx, f, size, x, h ? h->data : NULL, dh ? dh->data : dx, dx, acc);
+  if (dw)
+    exf__gemm(ctx, out, in, rows, dy, 1, out, h ? h->data : x, in, 1, dw, acc_w, NULL);
   if (n->n_in > 2 && (g = exf__grad(ctx, n->in[2], &acc)) != NULL)
     exf__colsum(ctx, rows, out, dy, g, acc);
+  exf__gbuf_give(ctx, h);
+  exf__gbuf_give(ctx, dh);
 }
 
 /* ---- ops: rows -------------------------------------------------------- >>row_ops */
@@ -5282,11 +5314,12 @@ EXF_API exf_tensor *exf_fuse(exf_ctx *ctx, exf_tensor *a, exf_tensor *experts) {
 }
 
 static exf_tensor *exf__run3(exf_ctx *ctx, int op, exf_tensor *x, exf_tensor *w,
-                             exf_tensor *b, double s) {
+                             exf_tensor *b, double s, int i) {
   exf__args a;
   exf_tensor *in[3];
   memset(&a, 0, sizeof a);
   a.s = s;
+  a.i = i;
   in[0] = x;
   in[1] = w;
   in[2] = b;
@@ -5295,14 +5328,14 @@ static exf_tensor *exf__run3(exf_ctx *ctx, int op, exf_tensor *x, exf_tensor *w,
 
 EXF_API exf_tensor *exf_linear(exf_ctx *ctx, exf_tensor *x, exf_tensor *w,
                                exf_tensor *b) {
-  return exf__run3(ctx, EXF__OP_LINEAR, x, w, b, 0);
+  return exf__run3(ctx, EXF__OP_LINEAR, x, w, b, 0, 0);
 }
 EXF_API exf_tensor *exf_layernorm(exf_ctx *ctx, exf_tensor *x, exf_tensor *w,
                                   exf_tensor *b, double eps) {
-  return exf__run3(ctx, EXF__OP_LAYERNORM, x, w, b, eps);
+  return exf__run3(ctx, EXF__OP_LAYERNORM, x, w, b, eps, 0);
 }
 EXF_API exf_tensor *exf_rmsnorm(exf_ctx *ctx, exf_tensor *x, exf_tensor *w, double eps) {
-  return exf__run3(ctx, EXF__OP_RMSNORM, x, w, NULL, eps);
+  return exf__run3(ctx, EXF__OP_RMSNORM, x, w, NULL, eps, 0);
 }
 
 EXF_API exf_tensor *exf_embedding(exf_ctx *ctx, exf_tensor *table, const int32_t *ids,
@@ -6020,6 +6053,7 @@ static exf_tensor *exf__ffn_weights(exf_ctx *ctx, const exf_ffn *f, exf_tensor *
 }
 
 EXF_API exf_tensor *exf_ffn_forward(exf_ctx *ctx, const exf_ffn *f, exf_tensor *x) {
+  static const int unary[] = {EXF__U_GELU, EXF__U_GELU_TANH, EXF__U_RELU, EXF__U_SILU};
   exf_tensor *th[EXF__N_PARTS], *a, *h;
   int i;
   if (!f) return NULL;
@@ -6030,15 +6064,10 @@ EXF_API exf_tensor *exf_ffn_forward(exf_ctx *ctx, const exf_ffn *f, exf_tensor *
     if (th[i] && a && !(th[i] = exf_fuse(ctx, a, th[i]))) return NULL;
   }
   h = exf_linear(ctx, x, th[EXF__W1], th[EXF__B1]);
-  switch (f->desc.act) {
-    case EXF_GELU: h = exf_gelu(ctx, h); break;
-    case EXF_GELU_TANH: h = exf_gelu_tanh(ctx, h); break;
-    case EXF_RELU: h = exf_relu(ctx, h); break;
-    case EXF_SILU: h = exf_silu(ctx, h); break;
-    case EXF_SWIGLU:
-      h = exf_mul(ctx, exf_silu(ctx, exf_linear(ctx, x, th[EXF__WG], th[EXF__BG])), h);
-      break;
-  }
+  if (f->desc.act != EXF_SWIGLU)
+    return exf__run3(ctx, EXF__OP_LINEAR, h, th[EXF__W2], th[EXF__B2], 0,
+                     1 + unary[f->desc.act]);
+  h = exf_mul(ctx, exf_silu(ctx, exf_linear(ctx, x, th[EXF__WG], th[EXF__BG])), h);
   return exf_linear(ctx, h, th[EXF__W2], th[EXF__B2]);
 }
 

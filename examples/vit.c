@@ -89,7 +89,7 @@ static void train_defaults(trainer *c) {
   c->from.classes = 10;
   c->from.val = 5000;
   c->patch = 7;
-  c->epochs = 12;
+  c->epochs = 20;
   c->augment = 1;
   c->flip = 1;
   c->shift = 1;

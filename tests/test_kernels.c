@@ -155,8 +155,8 @@ TEST(vector_functions) {
                    (double)z[i]);
         }
       }
-      K->unary_grad(ops[o], CHUNK, x, one, y, 0);
-      R->unary_grad(ops[o], CHUNK, x, one, d, 0);
+      K->unary_grad(ops[o], CHUNK, x, one, y, 0, NULL);
+      R->unary_grad(ops[o], CHUNK, x, one, d, 0, NULL);
       for (i = 0; i < CHUNK && K->isa != EXF_ISA_SSE2; i++)
         if (memcmp(&y[i], &d[i], 4) != 0 && !(isnan(y[i]) && isnan(d[i]))) {
           if (bad_grad++ == 0)
@@ -267,7 +267,7 @@ TEST(elementwise_equal_reference) {
   int acc, op;
   for (l = 0; l < N_LENGTHS; l++) {
     size_t n = lengths[l];
-    arr x = arr_new(n, 2), y = arr_new(n, 2), a, b, c;
+    arr x = arr_new(n, 2), y = arr_new(n, 2), a, b, c, d, e;
     a = arr_new(n, 1);
     b = arr_copy(&a);
     K->add(n, x.x, y.x, a.x);
@@ -293,9 +293,12 @@ TEST(elementwise_equal_reference) {
         same(&a, &b);
         a = arr_copy(&c);
         b = arr_copy(&c);
-        K->unary_grad(op, n, x.x, y.x, a.x, acc);
-        R->unary_grad(op, n, x.x, y.x, b.x, acc);
+        d = arr_copy(&c);
+        e = arr_copy(&c);
+        K->unary_grad(op, n, x.x, y.x, a.x, acc, acc ? d.x : NULL);
+        R->unary_grad(op, n, x.x, y.x, b.x, acc, acc ? e.x : NULL);
         same(&a, &b);
+        same(&d, &e);
       }
       arr_free(&c);
     }

@@ -169,6 +169,8 @@ static void recipe_LINEAR(exf_ctx *ctx, recipe *r) {
   W(ctx, r, exf_linear(ctx, P(r, exf_shape2(3, 4), -1, 1), w, NULL));
   y = exf_linear(ctx, exf_tanh(ctx, exf_linear(ctx, x, sq, b)), sq, b); /* w, b twice */
   W(ctx, r, y);
+  W(ctx, r, exf__run3(ctx, EXF__OP_LINEAR, y, w, NULL, 0, 1 + EXF__U_GELU));
+  W(ctx, r, y);                                      /* the first gradient y receives */
   W(ctx, r, exf_linear(ctx, P(r, exf_shape2(1, 4), -1, 1), sq, b));
 }
 
@@ -727,6 +729,46 @@ static void linear_values_in(exf_ctx *ctx) {
 }
 TEST(linear_values) { on_each_isa(linear_values_in); }
 
+/* y, dx and dw of f(x) W^T in one op and in two. keep: 1 x, 2 w has a gradient; 4: x has
+   another one already. */
+static void linear_of_function(exf_ctx *ctx, int keep, int f, exf_real *out) {
+  static exf_tensor *(*const functions[])(exf_ctx *, exf_tensor *) = {
+    exf_gelu, exf_gelu_tanh, exf_relu, exf_silu};
+  static const int kinds[] = {EXF__U_GELU, EXF__U_GELU_TANH, EXF__U_RELU, EXF__U_SILU};
+  exf_tensor *x = noise(ctx, exf_shape2(27, 31), 1, 1), *y;
+  exf_tensor *w = noise(ctx, exf_shape2(18, 31), 2, 1);
+  exf_tensor *weights = noise(ctx, exf_shape2(27, 18), 3, 1), *loss;
+  if (keep & 1) exf_grad_keep(ctx, x);
+  if (keep & 2) exf_grad_keep(ctx, w);
+  if (f < 4) y = exf_linear(ctx, functions[f](ctx, x), w, NULL);
+  else y = exf__run3(ctx, EXF__OP_LINEAR, x, w, NULL, 0, 1 + kinds[f - 4]);
+  loss = exf_sum(ctx, exf_mul(ctx, y, weights), EXF_ALL_AXES, 0);
+  if (keep & 4)
+    loss = exf_add(ctx, loss, exf_sum(ctx, exf_mul(ctx, x, x), EXF_ALL_AXES, 0));
+  if (!CHECK(exf_backward(ctx, loss) == EXF_OK)) return;
+  memcpy(out, y->data, y->size * sizeof *out);
+  out += y->size;
+  if (keep & 1) memcpy(out, x->grad, x->size * sizeof *out);
+  out += x->size;
+  if (keep & 2) memcpy(out, w->grad, w->size * sizeof *out);
+  exf_rewind(ctx);
+}
+
+static void linear_of_function_in(exf_ctx *ctx) {
+  static exf_real two[27 * 18 + 27 * 31 + 18 * 31], one[27 * 18 + 27 * 31 + 18 * 31];
+  static const int keeps[] = {1, 2, 3, 5, 7};
+  int i, f;
+  for (f = 0; f < 4; f++)
+    for (i = 0; i < 5; i++) {
+      memset(one, 0, sizeof one);
+      memset(two, 0, sizeof two);
+      linear_of_function(ctx, keeps[i], f, two);
+      linear_of_function(ctx, keeps[i], f + 4, one);
+      CHECK(memcmp(one, two, sizeof one) == 0 && one[0] != 0);
+    }
+}
+TEST(linear_of_a_function_is_both_ops) { on_each_isa(linear_of_function_in); }
+
 static void softmax_values_in(exf_ctx *ctx) {
   static const size_t width[] = {1, 2, 15, 16, 17, 65, 300};
   size_t c, i, j;
@@ -1071,6 +1113,7 @@ int main(void) {
 #endif
   RUN(matmul_values);
   RUN(linear_values);
+  RUN(linear_of_a_function_is_both_ops);
   RUN(softmax_values);
   RUN(softmax_of_infinite_rows);
   RUN(norm_values);

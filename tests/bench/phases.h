@@ -4,12 +4,12 @@
 #define BENCH_PHASES_H
 
 enum {
-  P_EMBED, P_NORM, P_ATT_LINEAR, P_ATT, P_FFN, P_ACT, P_RESIDUAL, P_ROUTER, P_FUSE,
+  P_EMBED, P_NORM, P_ATT_LINEAR, P_ATT, P_UP, P_DOWN, P_RESIDUAL, P_ROUTER, P_FUSE,
   P_HEAD, P_LOSS, P_CLIP, P_OPTIM, N_PHASES
 };
 static const char *const phase_names[N_PHASES] = {
-  "embedding", "layernorm", "attention's linears", "attention", "FFN's linears",
-  "activation", "residual", "router", "fuse | dots", "head", "cross-entropy",
+  "embedding", "layernorm", "attention's linears", "attention", "FFN, up",
+  "FFN, act and down", "residual", "router", "fuse | dots", "head", "cross-entropy",
   "gradient norm", "optimizer"
 };
 
@@ -22,13 +22,13 @@ static int phase_of(const exf__node *n) {
   if (strcmp(op, "cross_entropy") == 0) return P_LOSS;
   if (strcmp(op, "embedding") == 0) return P_EMBED;
   if (strcmp(op, "layernorm") == 0) return P_NORM;
-  if (strstr(op, "gelu")) return P_ACT;
   if (strstr(name, "router") || n->out->size < 64 || strcmp(op, "mean") == 0)
     return P_ROUTER;
   if (strcmp(op, "linear") == 0) {
     if (strstr(name, "attn")) return P_ATT_LINEAR;
     if (strstr(name, "patch")) return P_EMBED;
-    return strstr(name, "mlp") || !*name ? P_FFN : P_HEAD;
+    if (n->arg.i) return P_DOWN;
+    return strstr(name, "mlp") || !*name ? P_UP : P_HEAD;
   }
   if (strcmp(op, "add") == 0 && !*name && w->size == n->in[0]->size) return P_RESIDUAL;
   return P_EMBED;
