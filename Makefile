@@ -130,9 +130,11 @@ bench: build/bench
 bench-torch: build/bench
 	@PYTHON="$(PYTHON)" sh tests/bench/compare.sh
 
-# Files exchanged with the reference safetensors package, where Python has it.
-interop: build/tests/test_safetensors
+# Files exchanged with the reference safetensors package and with timm, where Python has
+# them.
+interop: build/tests/test_safetensors build/vit
 	$(PYTHON) tests/interop_safetensors.py build/tests/test_safetensors
+	$(PYTHON) tests/interop_timm.py build/vit
 
 # A child that saves is killed KILLS times; the power is cut at STATES states of a disk.
 torture: build/tests/torture build/tests/test_power
@@ -213,7 +215,7 @@ help:
 	@echo 'make quality-vit  accuracy of the ViT, dense and mb, seeds 1-3'
 	@echo 'make bench        speed: products, ops, steps, phases ... (PARTS="gemm step")'
 	@echo 'make bench-torch  the steps beside PyTorch (PYTHON="python3 venv/bin/python")'
-	@echo 'make interop      files exchanged with the reference safetensors package'
+	@echo 'make interop      files exchanged with the safetensors package and with timm'
 	@echo 'make fuzz         libFuzzer, SECONDS for each target'
 	@echo 'make differential   100,000 damaged files, compared with the reference (FILES)'
 	@echo 'make torture      kill -9 and power cuts while saving (KILLS, STATES)'
