@@ -156,6 +156,10 @@ for cc in gcc clang; do
     one "$cc -fopenmp, $t threads" fma "$cc -std=c99 -O1 -fopenmp" threads=$t
   done
 done
+for cc in gcc clang; do
+  row "$cc, avx512 emulated" fma $cc "$cc -O1 -w -Wno-psabi \
+    -include tests/avx512_emulated.h $tmp $src -o \$exe -lm" "\$exe avx512"
+done
 one "a processor without AVX2" nofma "gcc -std=c99 -O1 -static" "" \
   "qemu-x86_64 -cpu qemu64"
 
