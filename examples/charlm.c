@@ -522,27 +522,8 @@ static int eval(int argc, char **argv) {
   return 0;
 }
 
-static int info(int argc, char **argv) {
-  const char *path = NULL, *usage = "charlm info FILE";
-  flags_parse(NULL, 0, argc, argv, &path, usage);
-  if (!path) fail(2, "no file named: usage: %s", usage);
-  print_info(path);
-  return 0;
-}
-
 int main(int argc, char **argv) {
-  static const char usage[] = "usage: charlm train|sample|eval|info ...  (charlm train "
-                              "--help lists the flags of train, and so on)";
-  program_name = "charlm";
-  if (argc < 2) fail(2, "no command: %s", usage);
-  if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) {
-    puts(usage);
-    return 0;
-  }
-  switch (choice_find("train|sample|eval|info", argv[1], "the command")) {
-  case 0: return train(argc, argv);
-  case 1: return sample(argc, argv);
-  case 2: return eval(argc, argv);
-  default: return info(argc, argv);
-  }
+  static const command list[] = {{"train", train}, {"sample", sample}, {"eval", eval},
+                                 {"info", command_info}};
+  return command_run("charlm", list, 4, argc, argv);
 }

@@ -1536,4 +1536,39 @@ static inline void print_info(const char *path) {
   exf_ctx_free(ctx);
 }
 
+typedef struct command {
+  const char *name;
+  int (*run)(int argc, char **argv);
+} command;
+
+static inline int command_info(int argc, char **argv) {
+  const char *path = NULL;
+  char usage[64];
+  snprintf(usage, sizeof usage, "%s info FILE", program_name);
+  flags_parse(NULL, 0, argc, argv, &path, usage);
+  if (!path) fail(2, "no file named: usage: %s", usage);
+  print_info(path);
+  return 0;
+}
+
+/* main of a program whose first argument names one of n commands, the first of which is
+   the one with most flags. */
+static inline int command_run(const char *program, const command *list, int n, int argc,
+                              char **argv) {
+  char names[64] = "", usage[192];
+  int i;
+  program_name = program;
+  for (i = 0; i < n; i++) {
+    if (i) strcat(names, "|");
+    strcat(names, list[i].name);
+  }
+  snprintf(usage, sizeof usage, "usage: %s %s ...  (%s %s --help lists the flags of %s, "
+           "and so on)", program, names, program, list[0].name, list[0].name);
+  if (argc < 2) fail(2, "no command: %s", usage);
+  if (strcmp(argv[1], "--help") != 0 && strcmp(argv[1], "-h") != 0)
+    return list[choice_find(names, argv[1], "the command")].run(argc, argv);
+  puts(usage);
+  return 0;
+}
+
 #endif /* EXF_EXAMPLES_COMMON_H */

@@ -3,53 +3,9 @@
 # files are complete, runs repeat and resume bit for bit.
 #   sh tests/test_cli.sh      from the top folder, after `make`
 charlm=$(pwd)/build/charlm
+program=$charlm
 dir=build/cli
-rm -rf $dir
-mkdir -p $dir
-passed=0
-failed=0
-
-ok() {   # ok NAME COMMAND...: the command succeeds
-  name=$1
-  shift
-  if "$@" > $dir/ok.out 2>&1; then passed=$((passed + 1)); else
-    failed=$((failed + 1))
-    echo "FAILED $name: $*"
-    head -n 5 $dir/ok.out
-  fi
-}
-
-# refused NAME STATUS TEXT ARGUMENTS...: charlm exits with STATUS (a list such as "1 2")
-# and prints one line on stderr that contains TEXT, and nothing on stdout
-refused() {
-  name=$1 want=$2 text=$3
-  shift 3
-  "$charlm" "$@" > $dir/refused.out 2> $dir/refused.err < /dev/null
-  status=$?
-  lines=$(grep -c '' $dir/refused.err)
-  good=no
-  for s in $want; do if [ $status = "$s" ]; then good=yes; fi; done
-  if [ $good = yes ] && [ "$lines" = 1 ] && [ ! -s $dir/refused.out ] \
-     && grep -qi -e "$text" $dir/refused.err; then
-    passed=$((passed + 1))
-  else
-    failed=$((failed + 1))
-    echo "FAILED $name: charlm $*"
-    echo "  status $status, wanted $want; wanted one line with '$text', got:"
-    head -n 5 $dir/refused.err $dir/refused.out
-  fi
-}
-
-same() { cmp -s "$1" "$2"; }
-# the columns of a log that do not depend on the clock
-same_log() { cut -d, -f1-5 "$1" > $dir/a.csv; cut -d, -f1-5 "$2" > $dir/b.csv
-             cmp -s $dir/a.csv $dir/b.csv; }
-# field NAME of a flat summary.json
-field() { tr ',{}' '\n\n\n' < "$2" | sed -n "s/^[ \"]*$1\"[ ]*:[ ]*\"*\([^\" ]*\).*/\1/p"; }
-same_run() { same "$1/model.safetensors" "$2/model.safetensors" \
-             && same_log "$1/log.csv" "$2/log.csv" && same "$1/weights.csv" "$2/weights.csv"; }
-
-if [ ! -x "$charlm" ]; then echo "FAILED: no build/charlm"; echo "0 passed, 1 failed"; exit 1; fi
+. tests/cli.sh
 
 # A text with something to learn: 40 kB of counting, in lines.
 awk 'BEGIN { for (i = 0; i < 4000; i++) printf "%d is %s.\n", i, i % 2 ? "odd" : "even" }' \

@@ -4,52 +4,9 @@
 # where they can be had.
 #   sh tests/test_vit.sh      from the top folder, after `make`
 vit=$(pwd)/build/vit
+program=$vit
 dir=build/vit-test
-rm -rf $dir
-mkdir -p $dir
-passed=0
-failed=0
-LC_ALL=C
-export LC_ALL
-
-ok() {   # ok NAME COMMAND...: the command succeeds
-  name=$1
-  shift
-  if "$@" > $dir/ok.out 2>&1; then passed=$((passed + 1)); else
-    failed=$((failed + 1))
-    echo "FAILED $name: $*"
-    head -n 5 $dir/ok.out
-  fi
-}
-
-# refused NAME STATUS TEXT ARGUMENTS...: vit exits with STATUS and prints one line on
-# stderr that contains TEXT, and nothing on stdout
-refused() {
-  name=$1 want=$2 text=$3
-  shift 3
-  "$vit" "$@" > $dir/refused.out 2> $dir/refused.err < /dev/null
-  status=$?
-  lines=$(grep -c '' $dir/refused.err)
-  if [ $status = "$want" ] && [ "$lines" = 1 ] && [ ! -s $dir/refused.out ] \
-     && grep -q -e "$text" $dir/refused.err; then
-    passed=$((passed + 1))
-  else
-    failed=$((failed + 1))
-    echo "FAILED $name: vit $*"
-    echo "  status $status, wanted $want; wanted one line with '$text', got:"
-    head -n 5 $dir/refused.err $dir/refused.out
-  fi
-}
-
-same() { cmp -s "$1" "$2"; }
-differ() { ! cmp -s "$1" "$2"; }
-same_log() { cut -d, -f1-5 "$1" > $dir/a.csv; cut -d, -f1-5 "$2" > $dir/b.csv
-             cmp -s $dir/a.csv $dir/b.csv; }
-same_run() { same "$1/model.safetensors" "$2/model.safetensors" \
-             && same_log "$1/log.csv" "$2/log.csv" && same "$1/weights.csv" "$2/weights.csv"; }
-field() { tr ',{}' '\n\n\n' < "$2" | sed -n "s/^[ \"]*$1\"[ ]*:[ ]*\"*\([^\" ]*\).*/\1/p"; }
-
-if [ ! -x "$vit" ]; then echo "FAILED: no build/vit"; echo "0 passed, 1 failed"; exit 1; fi
+. tests/cli.sh
 
 # IDX files: 60 and 20 pictures of 8 x 8, whose class is the column pattern
 pixels() { awk "BEGIN { for (i = 0; i < $1; i++) for (p = 0; p < 64; p++)
