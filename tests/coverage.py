@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """The lines and branches of exfusion.h that the test programs execute, by section.
 
-  python3 tests/coverage.py [--missing SECTION]
+  python3 tests/coverage.py [--missing SECTION|all]
 
-Compiles every tests/test_*.c with gcc's counters at -O0, without OpenMP, runs it, and
-adds up what gcov says. A line or branch counts when any program took it, and a line of
-the fast kernels when any instruction set did. --missing: the lines nobody executed and
-the branches nobody took. What only AVX-512, NEON or another system compiles is left out.
+Compiles every tests/test_*.c with clang's source counters, without OpenMP, runs it, and
+adds up. A line counts when any program executed any of its code. Every condition counts
+as two branches, true and false, also each operand of && and || and each use of a macro;
+a condition that the compiler folds to a constant counts none. Of the fast kernels, any
+instruction set counts; AVX-512 is left out, like all that another system compiles.
+--missing: what was not executed in the last run.
 """
 import argparse
 import glob
-import gzip
 import json
 import os
 import re
@@ -19,62 +20,126 @@ import subprocess
 import sys
 
 OUT = "build/coverage"
-FLAGS = ["-std=c99", "-w", "-O0", "-g", "--coverage", "-pthread"]
-EXTRA = {"test_core": [["-DEXF_NO_SIMD"]]}   # programs once more, with these flags
+CC = os.environ.get("CLANG", "clang")
+FLAGS = ["-std=c99", "-w", "-O1", "-pthread", '-DTEST_TMP="build/tmp"',
+         "-fprofile-instr-generate", "-fcoverage-mapping"]
+EXTRA = ["test_core"]          # once more without the fast kernels
+CODE, EXPANSION, SKIPPED = 0, 1, 2
 
 
-def run_programs(cc):
-    """Compiles and runs all; each has a folder of its own for the counters."""
+def tool(name):
+    """llvm-NAME of the version of this clang, or as it is called here."""
+    version = subprocess.run([CC, "-dumpversion"], stdout=subprocess.PIPE, text=True,
+                             check=True).stdout.split(".")[0]
+    return shutil.which(f"llvm-{name}-{version}") or f"llvm-{name}"
+
+
+def compile_implementation(name, *flags):
+    source = f"{OUT}/exfusion.c"
+    with open(source, "w", encoding="utf-8") as f:
+        f.write('#define EXFUSION_IMPLEMENTATION\n#include "../../exfusion.h"\n')
+    subprocess.run([CC, *FLAGS, *flags, "-c", source, "-o", f"{OUT}/{name}.o"], check=True)
+
+
+def run(name, source, *more):
+    """Compiles and runs a program; its counters go to NAME.json."""
+    exe = f"{OUT}/{name}"
+    subprocess.run([CC, *FLAGS, source, *more, "-o", exe, "-lm"], check=True)
+    done = subprocess.run([exe], stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "LLVM_PROFILE_FILE": f"{exe}.%p.profraw"})
+    print(f"{name:18} {done.stdout.strip().splitlines()[-1][:40]}", flush=True)
+    subprocess.run([tool("profdata"), "merge", "-o", f"{exe}.profdata",
+                    *glob.glob(f"{exe}.*.profraw")], check=True)
+    with open(f"{exe}.json", "w", encoding="utf-8") as f:
+        subprocess.run([tool("cov"), "export", exe, f"-instr-profile={exe}.profdata"],
+                       check=True, stdout=f)
+
+
+def run_programs():
+    """All of tests/test_*.c; most are linked to one implementation."""
     shutil.rmtree(OUT, ignore_errors=True)
+    os.makedirs(OUT)
     os.makedirs("build/tmp", exist_ok=True)
-    for source in sorted(glob.glob("tests/test_*.c")) + ["tests/golden_hash.c"]:
+    compile_implementation("exfusion")
+    compile_implementation("reference", "-DEXF_NO_SIMD")
+    for source in sorted(glob.glob("tests/test_*.c")):
         name = os.path.basename(source)[:-2]
-        for k, extra in enumerate([[]] + EXTRA.get(name, [])):
-            folder = f"{OUT}/{name}.{k}"
-            os.makedirs(folder)
-            exe = f"{folder}/{name}"
-            subprocess.run([cc, *FLAGS, *extra, '-DTEST_TMP="build/tmp"', source, "-o",
-                            exe, "-lm"], check=True)
-            for args in [["ref"], ["sse2"], []] if name == "golden_hash" else [[]]:
-                done = subprocess.run([exe, *args], stdout=subprocess.PIPE, text=True)
-                print(f"{name:18} {done.stdout.strip().splitlines()[-1][:40]}",
-                      flush=True)
+        with open(source, encoding="utf-8") as f:
+            linked = ["-DTEST_LINKED", f"{OUT}/exfusion.o"] if "TEST_LINKED" in f.read() \
+                else []
+        run(name, source, *linked)
+        if name in EXTRA:
+            run(name + "_ref", source, "-DTEST_LINKED", f"{OUT}/reference.o")
 
 
-def counts():
-    """line -> was it executed; (line, index) -> was the branch taken"""
-    lines, branches = {}, {}
-    for data in glob.glob(f"{OUT}/*/*.gcda"):
-        folder = os.path.dirname(data)
-        subprocess.run(["gcov", "--json-format", "--branch-probabilities",
-                        os.path.basename(data)], cwd=folder, check=True,
-                       stdout=subprocess.DEVNULL)
-        for path in glob.glob(f"{folder}/*.gcov.json.gz"):
-            with gzip.open(path, "rt") as f:
-                report = json.load(f)
-            for file in report["files"]:
-                if not file["file"].endswith("exfusion.h"):
-                    continue
-                for line in file["lines"]:
-                    if line.get("function_name", "").endswith("_avx512"):
-                        continue
-                    n = line["line_number"]
-                    lines[n] = lines.get(n, False) or line["count"] > 0
-                    for i, b in enumerate(line["branches"]):
-                        branches[n, i] = branches.get((n, i), False) or b["count"] > 0
+def code_lines(text):
+    """The numbers of the lines with a letter or digit outside comments and directives."""
+    blank = lambda m: re.sub(r"[^\n]", " ", m.group())
+    text = re.sub(r"/\*.*?\*/", blank, text, flags=re.S)
+    text = re.sub(r"^#.*?(?<!\\)$", blank, text, flags=re.S | re.M)
+    return {n for n, line in enumerate(text.split("\n"), 1) if re.search(r"\w", line)}
+
+
+def innermost(regions, at):
+    """The count of the innermost region around a position; None: none."""
+    inside = [r for r in regions if (r[0], r[1]) <= at < (r[2], r[3])]
+    return max(inside, key=lambda r: (r[0], r[1], -r[2], -r[3]))[4] if inside else None
+
+
+def function_lines(regions, code, lines):
+    """What llvm says of a line: the most executed of the code that starts on it, and of
+    what reaches over from above."""
+    plain = [r for r in regions if r[5] == 0 and r[7] == CODE]
+    skipped = [r for r in regions if r[5] == 0 and r[7] == SKIPPED]
+    for n in range(min(r[0] for r in plain), max(r[2] for r in plain) + 1):
+        if n not in code or any(r[0] <= n <= r[2] for r in skipped):
+            continue
+        counts = [r[4] for r in plain if r[0] == n] + [innermost(plain, (n, 1))]
+        lines[n] = lines.get(n, False) or any(counts)
+
+
+def function_branches(function, branches, folded):
+    """(position, ..., truth) -> taken; the position begins with the line where the
+    outermost macro is used."""
+    regions = function["regions"]
+    parent = {r[6]: r for r in regions if r[7] == EXPANSION}
+    for l1, c1, l2, c2, true, false, file, *_ in function["branches"]:
+        around = [r for r in regions if r[5] == file and r[7] == CODE]
+        key, at = (l1, c1), file
+        while at in parent:
+            key = (parent[at][0], parent[at][1]) + key
+            at = parent[at][5]
+        if true == false == 0 and innermost(around, (l1, c1)):
+            folded.add(key)
+        for truth, count in ((True, true), (False, false)):
+            branches[key + (truth,)] = branches.get(key + (truth,), False) or count > 0
+
+
+def counts(text):
+    """line -> was it executed; position and truth -> was the branch taken"""
+    lines, branches, folded, code = {}, {}, set(), code_lines(text)
+    for path in glob.glob(f"{OUT}/*.json"):
+        with open(path, encoding="utf-8") as f:
+            report = json.load(f)
+        for function in report["data"][0]["functions"]:
+            if (function["filenames"][0].endswith("exfusion.h")
+                    and not function["name"].endswith("_avx512")):
+                function_lines(function["regions"], code, lines)
+                function_branches(function, branches, folded)
+    for key in folded:
+        if not branches[key + (True,)] and not branches[key + (False,)]:
+            del branches[key + (True,)], branches[key + (False,)]
     return lines, branches
 
 
-def sections(path):
+def sections(text):
     """[(name, first line)] of the implementation"""
     found = []
-    with open(path, encoding="utf-8") as f:
-        for n, line in enumerate(f, 1):
-            tag = re.match(r"/\* [-=]{4}.*>>([\w-]+)", line)
-            if tag:
-                found.append((tag.group(1), n))
-    start = [name for name, _ in found].index("impl")
-    return found[start:]
+    for n, line in enumerate(text.split("\n"), 1):
+        tag = re.match(r"/\* [-=]{4}.*>>([\w-]+)", line)
+        if tag:
+            found.append((tag.group(1), n))
+    return found[[name for name, _ in found].index("impl"):]
 
 
 def percent(values):
@@ -89,25 +154,25 @@ def main():
     parser.add_argument("--missing", metavar="SECTION", help="list what is not covered")
     args = parser.parse_args()
     if args.missing is None:
-        run_programs(os.environ.get("CC", "gcc"))
-    lines, branches = counts()
-    if not lines:
-        sys.exit("no counters: run it without --missing first, with gcc and gcov")
-    tags = sections("exfusion.h")
+        run_programs()
     with open("exfusion.h", encoding="utf-8") as f:
-        text = f.read().split("\n")
+        text = f.read()
+    lines, branches = counts(text)
+    if not lines:
+        sys.exit("no counters: run it without --missing first, with clang and llvm-cov")
+    tags, text = sections(text), text.split("\n")
     print(f"{'section':16} {'lines':>18} {'branches':>20}")
     for (name, first), (_, last) in zip(tags, tags[1:] + [("", len(text) + 1)]):
         ln = {n: v for n, v in lines.items() if first <= n < last}
         br = {k: v for k, v in branches.items() if first <= k[0] < last}
         if ln:
             print(f"{name:16} {percent(ln.values())}  {percent(br.values())}")
-        if name == args.missing:
-            for n in sorted(ln):
-                never = [i for (m, i), v in sorted(br.items()) if m == n and not v]
-                if not ln[n] or never:
-                    what = f"branches {never}" if ln[n] else "never"
-                    print(f"  {n:5} {what:16} {text[n - 1].strip()}")
+        for n in sorted(ln) if args.missing in (name, "all") else []:
+            never = [f"{k[1]}{'tf'[not k[-1]]}" for k, v in sorted(br.items())
+                     if k[0] == n and not v]
+            if not ln[n] or never:
+                what = " ".join(never) if ln[n] else "never"
+                print(f"  {n:5} {what:16} {text[n - 1].strip()}")
     print(f"{'all':16} {percent(lines.values())}  {percent(branches.values())}")
 
 
