@@ -24,7 +24,7 @@ CC = os.environ.get("CLANG", "clang")
 FLAGS = ["-std=c99", "-w", "-O1", "-pthread", '-DTEST_TMP="build/tmp"',
          "-fprofile-instr-generate", "-fcoverage-mapping"]
 EXTRA = ["test_core"]          # once more without the fast kernels
-CODE, EXPANSION, SKIPPED = 0, 1, 2
+CODE, EXPANSION, SKIPPED, GAP = 0, 1, 2, 3
 
 
 def tool(name):
@@ -87,14 +87,15 @@ def innermost(regions, at):
 
 
 def function_lines(regions, code, lines):
-    """What llvm says of a line: the most executed of the code that starts on it, and of
-    what reaches over from above."""
+    """As llvm-cov has it: a line counts by the code that starts on it and by what
+    reaches over from above."""
     plain = [r for r in regions if r[5] == 0 and r[7] == CODE]
+    around = plain + [r for r in regions if r[5] == 0 and r[7] == GAP]
     skipped = [r for r in regions if r[5] == 0 and r[7] == SKIPPED]
     for n in range(min(r[0] for r in plain), max(r[2] for r in plain) + 1):
         if n not in code or any(r[0] <= n <= r[2] for r in skipped):
             continue
-        counts = [r[4] for r in plain if r[0] == n] + [innermost(plain, (n, 1))]
+        counts = [r[4] for r in plain if r[0] == n] + [innermost(around, (n, 1))]
         lines[n] = lines.get(n, False) or any(counts)
 
 
