@@ -7987,9 +7987,11 @@ static int exf__st_extent(exf__st_in *in, exf__st_rec *r, unsigned bits,
   for (i = 0; i < r->entry.n_dims; i++) {
     if (st->n_dims == st->dim_room)
       return exf__st_fail(in, EXF_LIMIT, "V18", name, "too many axes in all");
-    st->dim[st->n_dims] = (size_t)dim[i];
-    if ((uint64_t)st->dim[st->n_dims++] != dim[i])
+#if SIZE_MAX < UINT64_MAX
+    if (dim[i] > SIZE_MAX)
       return exf__st_fail(in, EXF_SIZE, "V13", name, "axis %d is too long here", i);
+#endif
+    st->dim[st->n_dims++] = (size_t)dim[i];
     if (dim[i] == 0) {
       empty = 1;
     } else {
@@ -8012,10 +8014,12 @@ static int exf__st_extent(exf__st_in *in, exf__st_rec *r, unsigned bits,
                         "%llu elements of %s need %llu bytes, data_offsets span %llu",
                         (unsigned long long)n, r->entry.dtype, (unsigned long long)bytes,
                         (unsigned long long)(span[1] - span[0]));
+#if SIZE_MAX < UINT64_MAX
+  if (bytes > SIZE_MAX)
+    return exf__st_fail(in, EXF_SIZE, "V13", name, "too large for this machine");
+#endif
   r->begin = span[0];
   r->entry.bytes = (size_t)bytes;
-  if ((uint64_t)r->entry.bytes != bytes)
-    return exf__st_fail(in, EXF_SIZE, "V13", name, "too large for this machine");
   return 1;
 }
 
@@ -8342,9 +8346,11 @@ EXF_API exf_st *exf_st_open(exf_ctx *ctx, const char *path, size_t *trailing) {
   size = ctx->files.size(ctx->files.user, in.file);
   if (size < 0) {
     exf__io_fail(ctx, in.label, "get its size", errno);
-  } else if ((uint64_t)(size_t)size != (uint64_t)size) {
+#if SIZE_MAX < UINT64_MAX
+  } else if ((uint64_t)size > SIZE_MAX) {
     exf_fail(ctx, EXF_SIZE, "%s: a file too large for the memory of this machine",
              in.label);
+#endif
   } else {
     st = exf__st_load(&in, (size_t)size, trailing);
   }
@@ -8506,7 +8512,7 @@ typedef struct exf__st_plan {
   exf_pair *meta;              /* (n_meta) by ascending key */
   size_t n_meta;
   unsigned char *header;       /* (header_bytes) its length, the JSON and the padding */
-  size_t header_bytes, data_bytes;
+  size_t header_bytes, data_bytes;   /* their sum fits */
 } exf__st_plan;
 
 /* Text being measured (out NULL) or written. Measuring stops above the header's limit. */
@@ -8622,7 +8628,7 @@ static exf_status exf__st_check_item(exf__st_plan *p, const exf_st_item *item) {
     return exf__st_refuse(p, EXF_SHAPE, "V18", "tensor", name, "has too many axes");
   if (!exf__st_size(&item->shape, &n)
       || !exf__add_size(p->data_bytes, n * sizeof(exf_real), &p->data_bytes)
-      || !exf__st_fits(p->data_bytes))
+      || !exf__st_fits(p->data_bytes) || p->data_bytes > SIZE_MAX / 2)
     return exf__st_refuse(p, EXF_SIZE, "V13", "tensor", name, "makes the file too large");
   if (item->data == NULL && n > 0)
     return exf__st_refuse(p, EXF_ARG, "V13", "tensor", name, "has no data");
@@ -8792,7 +8798,6 @@ EXF_API exf_status exf_st_save_memory(exf_ctx *ctx, const exf_st_item *items, si
   exf__st_plan plan;
   exf__sink sink;
   exf_status status;
-  size_t total;
   if (ctx == NULL) return EXF_ARG;
   if (data == NULL || bytes == NULL)
     return exf_fail(ctx, EXF_ARG, "exf_st_save_memory: data or bytes is NULL");
@@ -8800,18 +8805,14 @@ EXF_API exf_status exf_st_save_memory(exf_ctx *ctx, const exf_st_item *items, si
   *bytes = 0;
   status = exf__st_plan_make(&plan, ctx, "memory", items, n, meta, n_meta);
   if (status != EXF_OK) return status;
-  if (!exf__add_size(plan.header_bytes, plan.data_bytes, &total)) {
-    status = exf_fail(ctx, EXF_SIZE, "memory: the file does not fit into memory");
+  sink.save = NULL;
+  sink.memory = (unsigned char *)exf__alloc(ctx, plan.header_bytes + plan.data_bytes);
+  if (sink.memory == NULL) {
+    status = EXF_MEMORY;
   } else {
-    sink.save = NULL;
-    sink.memory = (unsigned char *)exf__alloc(ctx, total);
-    if (sink.memory == NULL) {
-      status = EXF_MEMORY;
-    } else {
-      *data = sink.memory;
-      *bytes = total;
-      status = exf__st_stream(&plan, &sink);
-    }
+    *data = sink.memory;
+    *bytes = plan.header_bytes + plan.data_bytes;
+    status = exf__st_stream(&plan, &sink);
   }
   exf__st_plan_free(&plan);
   return status;
