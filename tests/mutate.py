@@ -6,10 +6,13 @@ and the optimizers; the choice is a function of the seed.
   python3 tests/mutate.py [-n 200] [--seed 1] [--section NAME] [--line LINE]
 
 Prints one line per mutant, the survivors again at the end, and N of N caught. A change
-that does not compile, or in lines for another system, is drawn anew; a test that runs
-longer than a minute has noticed.
+that does not compile, or compiles to the same machine code, is drawn anew; a test that
+runs longer than 15 seconds of processor time has noticed. What a program said of a
+header is kept in build/mutate/said: only what changed is asked again.
 """
 import argparse
+import glob
+import hashlib
 import os
 import random
 import re
@@ -19,21 +22,22 @@ import sys
 
 OUT = "build/mutate"
 CC = os.environ.get("CC", "cc")
-FLAGS = ["-std=c99", "-w", "-O1", "-pthread", '-DTEST_TMP="build/tmp"']
+FLAGS = ["-std=c99", "-w", "-O1", "-pthread", f'-DTEST_TMP="{OUT}/tmp"']
+SECONDS = 15
 
-# Sections of the header, by their tags; the programs that are asked, the likeliest first.
+# Sections of the header, by their tags; the programs that are asked, the quickest first.
 # A program with a - is linked to an implementation without fast kernels, with a * it has
 # its own, with a + its own with fast kernels.
 SECTIONS = {
-    "kernels": ("-golden", "-exfusion", "-optim", "+kernels"),
+    "kernels": ("-optim", "-exfusion", "*ops", "-golden", "+kernels"),
     "fast": ("+kernels",),
-    "optim_impl": ("-optim", "-golden", "-resume", "-exfusion"),
-    "schedule": ("-optim", "-resume", "-exfusion"),
-    "merged": ("-exfusion", "-resume", "-optim"),
-    "files": ("*safetensors", "-resume"),
-    "safetensors": ("*safetensors",),
-    "st-writer": ("*safetensors", "-resume"),
-    "checkpoint": ("-resume", "*safetensors", "-exfusion"),
+    "optim_impl": ("-optim", "-exfusion", "*algebra", "-golden", "-resume"),
+    "schedule": ("-optim", "-exfusion"),
+    "merged": ("-optim", "-exfusion", "*algebra"),
+    "files": ("*safetensors", "-power"),
+    "safetensors": ("*safetensors", "-malicious"),
+    "st-writer": ("*safetensors", "-power"),
+    "checkpoint": ("-power", "-exfusion", "*safetensors", "-resume"),
 }
 WEIGHT = {"kernels": 4, "fast": 4, "optim_impl": 3, "safetensors": 4, "st-writer": 2,
           "checkpoint": 2, "files": 1, "schedule": 1, "merged": 1}
@@ -107,57 +111,105 @@ def choose(found, seed, section, line):
 
 
 def limit():
-    resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
 
 
 def command(*words):
-    """True when it ends with 0 within a minute of processor time."""
+    """True when it ends with 0 within its processor time."""
     try:
-        return subprocess.run(words, stdout=subprocess.DEVNULL, timeout=600,
+        return subprocess.run(words, stdout=subprocess.DEVNULL, timeout=30 * SECONDS,
                               stderr=subprocess.DEVNULL, preexec_fn=limit).returncode == 0
     except subprocess.TimeoutExpired:
         return False
 
 
-def compile_users():
-    """The programs that do not look behind the public functions, once."""
-    for name in ("exfusion", "golden", "optim", "resume"):
-        if not command(CC, *FLAGS, "-DTEST_LINKED", "-c", f"tests/test_{name}.c",
-                       "-o", f"{OUT}/{name}.o"):
-            sys.exit(f"tests/test_{name}.c does not compile")
+def read(path):
+    with open(path, "rb") as f:
+        return f.read()
 
 
-def compiled(programs):
-    """What the compiler sees of the header in OUT."""
-    simd = [] if programs[0][0] == "+" else ["-DEXF_NO_SIMD"]
-    return subprocess.run([CC, *FLAGS, *simd, "-E", "-P", f"{OUT}/impl.c"], check=True,
-                          stdout=subprocess.PIPE).stdout
+def source_of(program):
+    return f"{OUT}/tests/test_{program[1:]}.c"
 
 
-def noticed(programs):
-    """The first program that fails on the header in OUT; None: none does. "broken" when
-    the header does not compile."""
-    implementation = None
+class Said:
+    """What every program said of every header so far."""
+    def __init__(self):
+        self.path, self.answers = f"{OUT}/said", {}
+        if os.path.exists(self.path):
+            self.answers = dict(line.split() for line in read(self.path).decode()
+                                .splitlines())
+        tests = b"".join(read(p) for p in sorted(glob.glob(f"{OUT}/tests/*.h")
+                                                 + glob.glob(f"{OUT}/examples/*")))
+        self.common = hashlib.sha256(tests + repr((CC, FLAGS, SECONDS)).encode())
+
+    def ask(self, program, header):
+        """"fails", "passes", "same" code as the original's, or "broken": no code"""
+        h = self.common.copy()
+        h.update(header.encode() + program.encode() + read(source_of(program)))
+        key = h.hexdigest()
+        if key not in self.answers:
+            self.answers[key] = ask(program)
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(f"{key} {self.answers[key]}\n")
+        return self.answers[key]
+
+
+def build(program):
+    """Makes OUT/NAME of the header in OUT; False: it does not compile."""
+    kind, name = program[0], program[1:]
+    simd = [] if kind == "+" else ["-DEXF_NO_SIMD"]
+    source = [source_of(program)]
+    if kind == "-":
+        source = [f"{OUT}/{name}.o", f"{OUT}/impl.o"]
+        if not os.path.exists(source[1]) and not command(
+                CC, *FLAGS, *simd, "-c", f"{OUT}/impl.c", "-o", source[1]):
+            return False
+    return command(CC, *FLAGS, *simd, *source, "-o", f"{OUT}/{name}", "-lm")
+
+
+def ask(program):
+    exe = f"{OUT}/{program[1:]}"
+    if not build(program):
+        return "broken"
+    if read(exe) == read(f"{exe}.first"):
+        return "same"
+    return "passes" if command(exe) else "fails"
+
+
+def noticed(said, programs, header):
+    """The first program that fails; None: none does; "broken" or "same": no mutant."""
+    with open(f"{OUT}/exfusion.h", "w", encoding="utf-8") as f:
+        f.write(header)
+    if os.path.exists(f"{OUT}/impl.o"):
+        os.unlink(f"{OUT}/impl.o")
     for program in programs:
-        kind, name = program[0], program[1:]
-        exe = f"{OUT}/{name}"
-        if kind == "-":
-            if implementation is None:
-                implementation = command(CC, *FLAGS, "-DEXF_NO_SIMD", "-c",
-                                         f"{OUT}/impl.c", "-o", f"{OUT}/impl.o")
-                if not implementation:
-                    return "broken"
-            built = command(CC, *FLAGS, f"{OUT}/{name}.o", f"{OUT}/impl.o", "-o", exe,
-                            "-lm")
-        else:
-            simd = ["-DEXF_NO_SIMD"] if kind == "*" else []
-            built = command(CC, *FLAGS, *simd, f"{OUT}/tests/test_{name}.c", "-o", exe,
-                            "-lm")
-        if not built:
-            return "broken"
-        if not command(exe):
-            return name
+        answer = said.ask(program, header)
+        if answer == "fails":
+            return program[1:]
+        if answer != "passes":
+            return answer
     return None
+
+
+def prepare(lines, sections):
+    """The folder OUT, and that the programs pass on the header as it is."""
+    os.makedirs(f"{OUT}/tmp", exist_ok=True)
+    for path in glob.glob(f"{OUT}/*.o") + glob.glob(f"{OUT}/*.first"):
+        os.unlink(path)
+    subprocess.run(["cp", "-r", "tests", "examples", OUT], check=True)
+    with open(f"{OUT}/impl.c", "w", encoding="utf-8") as f:
+        f.write('#define EXFUSION_IMPLEMENTATION\n#include "exfusion.h"\n')
+    with open(f"{OUT}/exfusion.h", "w", encoding="utf-8") as f:
+        f.write("\n".join(lines))
+    for program in sorted({p for name in sections for p in SECTIONS[name]}):
+        exe = f"{OUT}/{program[1:]}"
+        if program[0] == "-" and not command(CC, *FLAGS, "-DTEST_LINKED", "-c",
+                                             source_of(program), "-o", f"{exe}.o"):
+            sys.exit(f"{source_of(program)} does not compile")
+        if not build(program) or not command(exe):
+            sys.exit(f"test_{program[1:]} fails without any change")
+        os.rename(exe, f"{exe}.first")
 
 
 def main():
@@ -167,32 +219,19 @@ def main():
     parser.add_argument("--section", choices=sorted(SECTIONS))
     parser.add_argument("--line", type=int, help="only changes of this line")
     args = parser.parse_args()
-    os.makedirs(f"{OUT}/tests", exist_ok=True)
-    os.makedirs("build/tmp", exist_ok=True)
     with open("exfusion.h", encoding="utf-8") as f:
         lines = f.read().split("\n")
-    with open(f"{OUT}/impl.c", "w", encoding="utf-8") as f:
-        f.write('#define EXFUSION_IMPLEMENTATION\n#include "exfusion.h"\n')
-    subprocess.run(["cp", "-r", "tests", "examples", OUT], check=True)
-    compile_users()
-    programs = sorted({p for name, asked in SECTIONS.items() for p in asked
-                       if args.section in (None, name)})
-    subprocess.run(["cp", "exfusion.h", OUT], check=True)
-    if args.line is None and noticed(programs) is not None:
-        sys.exit(f"test_{noticed(programs)} fails without any change")
-    whole = {name: compiled(programs) for name, programs in SECTIONS.items()}
-    survivors, counts, n = [], {name: [0, 0] for name in SECTIONS}, 0
+    prepare(lines, [args.section] if args.section else SECTIONS)
+    said, survivors, n = Said(), [], 0
+    counts = {name: [0, 0] for name in SECTIONS}
     for section, (i, start, end, text) in choose(sites(lines), args.seed,
                                                  args.section, args.line):
         if n == args.n:
             break
         mutant = lines[i][:start] + text + lines[i][end:]
-        with open(f"{OUT}/exfusion.h", "w", encoding="utf-8") as f:
-            f.write("\n".join(lines[:i] + [mutant] + lines[i + 1:]))
-        if compiled(SECTIONS[section]) == whole[section]:
-            continue               # for another system
-        by = noticed(SECTIONS[section])
-        if by == "broken":
+        by = noticed(said, SECTIONS[section],
+                     "\n".join(lines[:i] + [mutant] + lines[i + 1:]))
+        if by in ("broken", "same"):
             continue
         n += 1
         counts[section][0] += by is not None
