@@ -23,7 +23,9 @@ OUT = "build/coverage"
 CC = os.environ.get("CLANG", "clang")
 FLAGS = ["-std=c99", "-w", "-O1", "-pthread", '-DTEST_TMP="build/tmp"',
          "-fprofile-instr-generate", "-fcoverage-mapping"]
-EXTRA = ["test_core"]          # once more without the fast kernels
+# Once more, as the Makefile builds them: in double, and without the fast kernels.
+EXTRA = {"test_core": "-DEXF_NO_SIMD", "test_ops": "-DEXF_DOUBLE",
+         "test_optim": "-DEXF_DOUBLE", "test_golden": "-DEXF_DOUBLE"}
 CODE, EXPANSION, SKIPPED, GAP = 0, 1, 2, 3
 
 
@@ -34,11 +36,11 @@ def tool(name):
     return shutil.which(f"llvm-{name}-{version}") or f"llvm-{name}"
 
 
-def compile_implementation(name, *flags):
+def compile_implementation():
     source = f"{OUT}/exfusion.c"
     with open(source, "w", encoding="utf-8") as f:
         f.write('#define EXFUSION_IMPLEMENTATION\n#include "../../exfusion.h"\n')
-    subprocess.run([CC, *FLAGS, *flags, "-c", source, "-o", f"{OUT}/{name}.o"], check=True)
+    subprocess.run([CC, *FLAGS, "-c", source, "-o", f"{OUT}/exfusion.o"], check=True)
 
 
 def run(name, source, *more):
@@ -60,8 +62,7 @@ def run_programs():
     shutil.rmtree(OUT, ignore_errors=True)
     os.makedirs(OUT)
     os.makedirs("build/tmp", exist_ok=True)
-    compile_implementation("exfusion")
-    compile_implementation("reference", "-DEXF_NO_SIMD")
+    compile_implementation()
     for source in sorted(glob.glob("tests/test_*.c")):
         name = os.path.basename(source)[:-2]
         with open(source, encoding="utf-8") as f:
@@ -69,7 +70,7 @@ def run_programs():
                 else []
         run(name, source, *linked)
         if name in EXTRA:
-            run(name + "_ref", source, "-DTEST_LINKED", f"{OUT}/reference.o")
+            run(name + "_more", source, EXTRA[name])
 
 
 def code_lines(text):

@@ -648,6 +648,30 @@ TEST(shared_moments_come_close_for_dw_and_mb) {
   CHECK(mb > 0.0 && mb < 0.05);
 }
 
+/* In this build files hold F64, and every bit of it. */
+TEST(doubles_survive_a_file) {
+  static const exf_real x[4] = {1.0 / 3, -1e300, 4.9e-324, 0.1};
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  exf_st_item item;
+  exf_st *st;
+  exf_real y[4];
+  unsigned char *data;
+  size_t bytes;
+  item.name = "x";
+  item.shape = exf_shape1(4);
+  item.data = x;
+  CHECK(exf_st_save_memory(ctx, &item, 1, NULL, 0, &data, &bytes) == EXF_OK);
+  st = exf_st_open_memory(ctx, data, bytes, NULL);
+  if (CHECK(exf_st_find(st, "x") != NULL)) {
+    CHECK_STR(exf_st_find(st, "x")->dtype, "F64");
+    CHECK(exf_st_read(ctx, exf_st_find(st, "x"), y, 4) == EXF_OK);
+    CHECK(memcmp(x, y, sizeof x) == 0);
+  }
+  exf_st_close(st);
+  exf_st_free_memory(ctx, data);
+  exf_ctx_free(ctx);
+}
+
 int main(void) {
   RUN(sw_under_adamw_is_dense_with_n_eps);
   RUN(sw_under_sgd_is_dense_at_lr_over_n);
@@ -661,5 +685,6 @@ int main(void) {
   RUN(lean_sw_is_sw);
   RUN(shared_moments_are_exact_for_sw);
   RUN(shared_moments_come_close_for_dw_and_mb);
+  RUN(doubles_survive_a_file);
   TEST_MAIN_END;
 }

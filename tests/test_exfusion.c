@@ -815,6 +815,71 @@ TEST(wrong_descriptors_are_refused) {
   exf_rewind(l.ctx);
   CHECK(exf_ffn_new(l.model, "second", &d) == NULL);   /* no width */
   CHECK_ERR(l.ctx, EXF_ARG, "width");
+  CHECK(exf_param_alias(l.model, "", W1) == EXF_ARG);
+  CHECK_ERR(l.ctx, EXF_ARG, "empty");
+  lone_free(&l);
+}
+
+TEST(enums_have_names) {
+  static const char *const act[] = {"gelu", "gelu_tanh", "relu", "silu", "swiglu", "?"};
+  static const char *const up[] = {"default", "zerosum", "independent",
+                                   "independent-plain", "copy", "drop", "?"};
+  static const char *const variant[] = {"dense", "sw", "dw", "mb", "?"};
+  int i;
+  for (i = 0; i < 6; i++) CHECK_STR(exf_act_name((exf_act)i), act[i]);
+  for (i = 0; i < 7; i++) CHECK_STR(exf_upcycle_name((exf_upcycle)i), up[i]);
+  for (i = 0; i < 5; i++) CHECK_STR(exf_variant_name((exf_variant)i), variant[i]);
+}
+
+/* The router is the first to see an input of another width. */
+TEST(input_of_another_width_is_refused) {
+  lone l = lone_new(3, 6, 9, 0, tiny_variant(4, 3));
+  exf_training_set(l.ctx, 1);
+  CHECK(exf_ffn_forward(l.ctx, l.ffn, lone_input(&l, 2, 5, 1)) == NULL);
+  CHECK_ERR(l.ctx, EXF_SHAPE, "ffn: 'mlp' takes (..,6), not (2,5)");
+  CHECK(exf_ffn_forward(l.ctx, l.ffn, exf_tensor_new(l.ctx, exf_shape0(), NULL)) == NULL);
+  CHECK_ERR(l.ctx, EXF_SHAPE, "not ()");
+  lone_free(&l);
+}
+
+/* Names that fit until a part, or "experts", is added: nothing is left of the attempt. */
+TEST(names_that_grow_too_long_are_refused) {
+  exf_fusion_desc f = tiny_variant(1, 2), none;
+  exf_block_desc b;
+  exf_ffn_desc d;
+  exf_ffn *ffn;
+  lone l;
+  char name[300];
+  size_t length, had, refused = 0;
+  memset(&none, 0, sizeof none);
+  memset(&b, 0, sizeof b);
+  memset(&d, 0, sizeof d);
+  b.width = d.width = 2;
+  b.n_heads = 1;
+  l = lone_new(3, 2, 2, 0, none);
+  for (length = 230; length < 260; length++) {
+    memset(name, 'x', length);
+    name[length] = '\0';
+    had = exf_model_n_params(l.model);
+    if (exf_block_new(l.model, name, &b) == NULL) {
+      CHECK_ERR(l.ctx, EXF_ARG, "is longer than 255 bytes");
+      CHECK(exf_model_n_params(l.model) == had);
+      refused++;
+    }
+    name[0] = 'y';
+    had = exf_model_n_params(l.model);
+    ffn = exf_ffn_new(l.model, name, &d);
+    if (ffn == NULL) {
+      CHECK_ERR(l.ctx, EXF_ARG, "is longer than 255 bytes");
+      CHECK(exf_model_n_params(l.model) == had);
+    } else if (exf_ffn_upcycle(ffn, &f) != EXF_OK) {
+      CHECK_ERR(l.ctx, EXF_ARG, "is longer than 255 bytes");
+      CHECK(exf_model_n_params(l.model) == had + 2);
+      CHECK(exf_ffn_fusion(ffn).variant == EXF_DENSE);
+      refused++;
+    }
+  }
+  CHECK(refused > 10);
   lone_free(&l);
 }
 
@@ -839,5 +904,8 @@ int main(void) {
   RUN(notices_fire);
   RUN(notices_stay_silent);
   RUN(wrong_descriptors_are_refused);
+  RUN(enums_have_names);
+  RUN(input_of_another_width_is_refused);
+  RUN(names_that_grow_too_long_are_refused);
   TEST_MAIN_END;
 }

@@ -210,6 +210,12 @@ static int upcycle_drop(world *w) {
   return exf_model_upcycle(w->g.model, &d.fusion) == EXF_OK;
 }
 
+static int upcycle_lean(world *w) {
+  tiny_desc d = small_desc(w->variant);
+  d.fusion.lean = 1;
+  return exf_model_upcycle(w->g.model, &d.fusion) == EXF_OK;
+}
+
 static int merge(world *w) { return exf_model_merge(w->g.model) == EXF_OK; }
 
 static int save_model(world *w) {
@@ -309,6 +315,7 @@ static const action actions[] = {
   {"generate", 0, generate},
   {"upcycle", HAS_TRAINED | STARTS_DENSE, upcycle},
   {"upcycle by drop", HAS_TRAINED | STARTS_DENSE, upcycle_drop},
+  {"upcycle lean", HAS_TRAINED | STARTS_DENSE, upcycle_lean},
   {"merge", HAS_TRAINED, merge},
   {"diagnose", HAS_TRAINED, diagnose},
   {"make an average", HAS_TRAINED, make_ema},

@@ -492,6 +492,21 @@ static void check_whole(int variant, int bias, exf_act act, double dropout, doub
   exf_ctx_free(ctx);
 }
 
+/* The sum passes one block of gradient to both sides; then a alone gets more. */
+TEST(gradient_shared_by_two_inputs_is_not_changed_for_both) {
+  static const exf_real c[3] = {2, 3, 5};
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  exf_tensor *a = exf_grad_keep(ctx, exf_tensor_new(ctx, exf_shape1(3), c));
+  exf_tensor *b = exf_grad_keep(ctx, exf_tensor_new(ctx, exf_shape1(3), c));
+  exf_tensor *w = exf_mul(ctx, a, exf_tensor_new(ctx, exf_shape1(3), c));
+  exf_tensor *z = exf_add(ctx, a, b);
+  int i;
+  CHECK(exf_backward(ctx, exf_sum(ctx, exf_add(ctx, w, z), 1, 0)) == EXF_OK);
+  for (i = 0; i < 3 && CHECK(a->grad && b->grad); i++)
+    CHECK(a->grad[i] == 1 + c[i] && b->grad[i] == 1);
+  exf_ctx_free(ctx);
+}
+
 #ifdef EXF_DOUBLE
 /* Plain mb detaches the router's input, which differences cannot see: variant 4 is left
    out, 5 and 6 have it attached. */
@@ -1102,6 +1117,7 @@ int main(void) {
     test_run(gradient_of_op, name);
   }
   RUN(gradcheck_sees_a_wrong_backward);
+  RUN(gradient_shared_by_two_inputs_is_not_changed_for_both);
   RUN(gradcheck_sees_a_nan);
 #ifdef EXF_DOUBLE
   RUN(gradient_of_whole_gpt_with_each_variant);

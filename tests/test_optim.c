@@ -452,6 +452,35 @@ TEST(frozen_parameters_stay) {
   toy_free(&t);
 }
 
+TEST(optimizers_that_do_not_fit_are_refused) {
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  tiny_desc d = tiny_defaults();
+  tiny_gpt g = tiny_new(ctx, &d);
+  exf_fusion_desc f = tiny_variant(2, 3);
+  exf_optim_desc o;
+  exf_optim *optim = tiny_adamw(g.model);
+  exf_real *before, *after;
+  size_t n;
+  memset(&o, 0, sizeof o);
+  o.kind = EXF_SGD;
+  o.shared_moments = 1;
+  CHECK(exf_optim_new(g.model, &o) == NULL);
+  CHECK_ERR(ctx, EXF_ARG, "shared_moments");
+  /* made before the experts were: it has no moments for them */
+  CHECK(exf_model_upcycle(g.model, &f) == EXF_OK);
+  before = tiny_eval(ctx, &g, &n);
+  tiny_train(ctx, &g, optim, 0, 1, 0.1);
+  CHECK_ERR(ctx, EXF_STATE, "is newer than the optimizer");
+  exf_rewind(ctx);
+  after = tiny_eval(ctx, &g, &n);
+  CHECK(same_bits(before, after, n) && exf_optim_steps(optim) == 0);
+  free(before);
+  free(after);
+  exf_optim_free(optim);
+  exf_model_free(g.model);
+  exf_ctx_free(ctx);
+}
+
 /* Two halves with half the loss each give the gradient of the whole batch. */
 TEST(accumulation_equals_the_big_batch) {
   int v;
@@ -533,5 +562,6 @@ int main(void) {
   RUN(frozen_parameters_stay);
   RUN(accumulation_equals_the_big_batch);
   RUN(parameters_without_gradient_stay);
+  RUN(optimizers_that_do_not_fit_are_refused);
   TEST_MAIN_END;
 }

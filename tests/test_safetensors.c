@@ -1387,6 +1387,132 @@ TEST(files_of_the_operating_system) {
   CHECK_ERR(ctx, EXF_IO, "no/such/folder/f: cannot create its temporary file");
   CHECK(exf_st_open(ctx, ".", NULL) == NULL);
   CHECK_ERR(ctx, EXF_IO, ".: cannot ");
+  CHECK(exf_file_save(ctx, ".", "x", 1) == EXF_IO);    /* a folder is not replaced */
+  CHECK_ERR(ctx, EXF_IO, ".: cannot be replaced by its temporary file");
+  CHECK(!exists("..tmp"));
+}
+
+TEST(long_paths_are_shortened_in_messages) {
+  static char path[5000];
+  memset(path, 'x', sizeof path - 1);
+  memcpy(path + sizeof path - 6, "/last", 5);
+  CHECK(exf_st_open(ctx, path, NULL) == NULL);
+  CHECK(strlen(exf_error(ctx)) < 200);
+  CHECK(memcmp(exf_error(ctx), "...xxx", 6) == 0);
+  CHECK_ERR(ctx, EXF_IO, "xxx/last: cannot open: ");
+#ifndef _WIN32
+  CHECK(ctx->files.sync_dir(NULL, path) == -1 && errno == ENAMETOOLONG);
+  CHECK(ctx->files.sync_dir(NULL, "/file") == 0);
+  CHECK(ctx->files.sync_dir(NULL, "file") == 0);
+#endif
+}
+
+/* The room for axes is proved from the length of the text; were it not, this would be
+   the end, and not a write past it. */
+TEST(axes_never_leave_their_room) {
+  const uint64_t dim[2] = {2, 3}, span[2] = {0, 6};
+  exf_st st;
+  exf__st_in in;
+  exf__st_rec r;
+  size_t room[2] = {77, 77};
+  memset(&st, 0, sizeof st);
+  memset(&in, 0, sizeof in);
+  memset(&r, 0, sizeof r);
+  in.ctx = ctx;
+  in.st = &st;
+  st.dim = room;
+  st.dim_room = 1;
+  r.entry.name = "a";
+  r.entry.dtype = "U8";
+  r.entry.n_dims = 2;
+  CHECK(!exf__st_extent(&in, &r, 8, dim, span));
+  CHECK_ERR(ctx, EXF_LIMIT, "rule V18: tensor 'a': too many axes in all");
+  CHECK(room[0] == 2 && room[1] == 77);
+}
+
+/* ---- models ---- */
+
+/* A model of w (2), also called v, takes nothing but that, and nothing by half. */
+TEST(models_take_only_what_fits) {
+  static const char *const files[][2] = {
+    {"{}", "'w' is missing"},
+    {"{" F32("w", "[1,2]", "[0,8]") "}", "'w' is (1,2) in the file and (2) in the model"},
+    {"{" F32("w", "[3]", "[0,12]") "}", "'w' is (3) in the file"},
+    {"{" U8("w", "[2]", "[0,2]") "}", "'w' is of type U8; needs F32"},
+    {"{" F32("v", "[2]", "[8,16]") "," F32("w", "[2]", "[0,8]") "}",
+     "'w' and 'v' are one parameter"},
+    {"{" F32("v", "[1]", "[8,12]") "," F32("w", "[2]", "[0,8]") "}",
+     "'w' and 'v' are one parameter"},
+    {"{" F32("w", "[2]", "[0,8]") "," F32("x", "[0]", "[8,8]") "}", "holds 'x'"},
+    {"{" F32("adamw.m.w", "[2]", "[8,16]") "," F32("w", "[2]", "[0,8]") "}",
+     "holds 'adamw.m.w'"}};
+  exf_model *model = exf_model_new(ctx);
+  exf_param_desc d;
+  exf_ffn_desc f;
+  exf_real x[2];
+  exf_tensor *w;
+  exf_st *st;
+  size_t i;
+  memset(&d, 0, sizeof d);
+  memset(&f, 0, sizeof f);
+  d.shape = exf_shape1(2);
+  d.init_value = 7;
+  w = exf_param_new(model, "w", &d);
+  CHECK(exf_param_alias(model, "v", "w") == EXF_OK);
+  for (i = 0; i < sizeof files / sizeof files[0]; i++) {
+    size_t trailing;
+    st = open_json(files[i][0], 16, &trailing);
+    CHECK(st != NULL && exf_model_load(model, st) == EXF_MISMATCH);
+    CHECK_ERR(ctx, EXF_MISMATCH, files[i][1]);
+    CHECK(w->data[0] == 7 && w->data[1] == 7);
+    exf_st_close(st);
+  }
+  st = open_json("{" F32("w", "[2]", "[0,8]") "}", 8, NULL);
+  CHECK(exf_model_load(model, st) == EXF_OK);
+  CHECK(exf_st_read(ctx, exf_st_find(st, "w"), x, 2) == EXF_OK);
+  CHECK(memcmp(x, w->data, sizeof x) == 0 && x[0] != x[1] && x[0] != 7);
+  f.width = 2;
+  f.fusion.variant = EXF_SW;
+  CHECK(exf_ffn_new(model, "ffn", &f) != NULL);
+  CHECK(exf_model_load(model, st) == EXF_STATE);
+  CHECK_ERR(ctx, EXF_STATE, "belongs to experts: load into a dense model");
+  exf_st_close(st);
+  exf_model_free(model);
+}
+
+TEST(checkpoints_count_their_updates) {
+  static const char *const counts[] = {
+    "", "x", "1x", "-1", "1 ", "18446744073709551616", "99999999999999999999", "0",
+    "18446744073709551609"};
+  exf_model *model = exf_model_new(ctx);
+  exf_param_desc d;
+  exf_optim_desc o;
+  exf_optim *optim;
+  exf_st *st = open_json("{" F32("w", "[2]", "[0,8]") "}", 8, NULL);
+  char json[200];
+  int i;
+  memset(&d, 0, sizeof d);
+  memset(&o, 0, sizeof o);
+  d.shape = exf_shape1(2);
+  o.kind = EXF_SGD;
+  exf_param_new(model, "w", &d);
+  optim = exf_optim_new(model, &o);
+  CHECK(exf_checkpoint_load(model, NULL, st) == EXF_OK);
+  CHECK(exf_checkpoint_load(model, optim, st) == EXF_MISMATCH);
+  CHECK_ERR(ctx, EXF_MISMATCH, "no update count");
+  exf_st_close(st);
+  for (i = 0; i < 9; i++) {
+    snprintf(json, sizeof json, "{\"__metadata__\":{\"exf.updates\":\"%s\"},%s}",
+             counts[i], F32("w", "[2]", "[0,8]"));
+    st = open_json(json, 8, NULL);
+    CHECK((exf_checkpoint_load(model, optim, st) == EXF_OK) == (i >= 7));
+    if (i < 7) CHECK_ERR(ctx, EXF_MISMATCH, "no update count (exf.updates)");
+    CHECK_OK(ctx);
+    CHECK(exf_optim_steps(optim) == (i < 8 ? 0 : UINT64_MAX - 6));
+    exf_st_close(st);
+  }
+  exf_optim_free(optim);
+  exf_model_free(model);
 }
 
 static int write_golden(const char *path) {
@@ -1446,6 +1572,10 @@ int main(int argc, char **argv) {
   RUN(missing_hooks_are_named);
   RUN(memory_that_runs_out_is_an_error);
   RUN(files_of_the_operating_system);
+  RUN(long_paths_are_shortened_in_messages);
+  RUN(axes_never_leave_their_room);
+  RUN(models_take_only_what_fits);
+  RUN(checkpoints_count_their_updates);
   exf_ctx_free(ctx);
   TEST_MAIN_END;
 }
