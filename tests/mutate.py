@@ -22,7 +22,7 @@ import sys
 
 OUT = "build/mutate"
 CC = os.environ.get("CC", "cc")
-FLAGS = ["-std=c99", "-w", "-O1", "-pthread", f'-DTEST_TMP="{OUT}/tmp"']
+FLAGS = ["-std=c99", "-w", "-O1", "-pthread", "-DTEST_STOP", f'-DTEST_TMP="{OUT}/tmp"']
 SECONDS = 15
 
 # Sections of the header, by their tags; the programs that are asked, the quickest first.
@@ -143,7 +143,7 @@ class Said:
                                                  + glob.glob(f"{OUT}/examples/*")))
         self.common = hashlib.sha256(tests + repr((CC, FLAGS, SECONDS)).encode())
 
-    def ask(self, program, header):
+    def ask(self, program, header, ask):
         """"fails", "passes", "same" code as the original's, or "broken": no code"""
         h = self.common.copy()
         h.update(header.encode() + program.encode() + read(source_of(program)))
@@ -184,7 +184,7 @@ def noticed(said, programs, header):
     if os.path.exists(f"{OUT}/impl.o"):
         os.unlink(f"{OUT}/impl.o")
     for program in programs:
-        answer = said.ask(program, header)
+        answer = said.ask(program, header, ask)
         if answer == "fails":
             return program[1:]
         if answer != "passes":
@@ -192,8 +192,13 @@ def noticed(said, programs, header):
     return None
 
 
+def first(program):
+    """The same of the header as it is."""
+    return "passes" if command(f"{OUT}/{program[1:]}.first") else "fails"
+
+
 def prepare(lines, sections):
-    """The folder OUT, and that the programs pass on the header as it is."""
+    """The folder OUT, with the programs as they are; they have to pass."""
     os.makedirs(f"{OUT}/tmp", exist_ok=True)
     for path in glob.glob(f"{OUT}/*.o") + glob.glob(f"{OUT}/*.first"):
         os.unlink(path)
@@ -202,14 +207,18 @@ def prepare(lines, sections):
         f.write('#define EXFUSION_IMPLEMENTATION\n#include "exfusion.h"\n')
     with open(f"{OUT}/exfusion.h", "w", encoding="utf-8") as f:
         f.write("\n".join(lines))
+    said = Said()
     for program in sorted({p for name in sections for p in SECTIONS[name]}):
         exe = f"{OUT}/{program[1:]}"
         if program[0] == "-" and not command(CC, *FLAGS, "-DTEST_LINKED", "-c",
                                              source_of(program), "-o", f"{exe}.o"):
             sys.exit(f"{source_of(program)} does not compile")
-        if not build(program) or not command(exe):
-            sys.exit(f"test_{program[1:]} fails without any change")
+        if not build(program):
+            sys.exit(f"{source_of(program)} does not compile")
         os.rename(exe, f"{exe}.first")
+        if said.ask(program, "\n".join(lines), first) != "passes":
+            sys.exit(f"test_{program[1:]} fails without any change")
+    return said
 
 
 def main():
@@ -221,8 +230,8 @@ def main():
     args = parser.parse_args()
     with open("exfusion.h", encoding="utf-8") as f:
         lines = f.read().split("\n")
-    prepare(lines, [args.section] if args.section else SECTIONS)
-    said, survivors, n = Said(), [], 0
+    said = prepare(lines, [args.section] if args.section else SECTIONS)
+    survivors, n = [], 0
     counts = {name: [0, 0] for name in SECTIONS}
     for section, (i, start, end, text) in choose(sites(lines), args.seed,
                                                  args.section, args.line):

@@ -8,12 +8,14 @@
    all: a test that cannot fail is a bug. SKIP("why") leaves a test early and says so;
    a skipped test counts neither as passed nor as failed. TEST_MAIN_END prints
    `N passed, N failed` and returns 1 from main when a test failed or none ran.
+   With TEST_STOP defined the first test that fails ends the program.
    CHECK_ERR needs exfusion.h to be included before it is used. */
 #ifndef TEST_H
 #define TEST_H
 
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__GNUC__)
@@ -111,6 +113,9 @@ static TEST_UNUSED void test_run(void (*run)(void), const char *name) {
     test_now.failed++;
     if (test_now.checks == 0) printf("FAILED %s: it checked nothing\n", name);
     else printf("FAILED %s: %d of %d checks\n", name, test_now.failures, test_now.checks);
+#ifdef TEST_STOP
+    exit(1);
+#endif
   }
   fflush(stdout);
 }
