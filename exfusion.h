@@ -5828,10 +5828,13 @@ static void exf__gradcheck_param(exf_model *model, exf_param *p, const exf_real 
 EXF_API exf_status exf_gradcheck(exf_model *model,
                                  exf_tensor *(*loss)(exf_ctx *ctx, void *user),
                                  void *user, double h, exf_gradcheck_report *report) {
-  exf_ctx *ctx = model->ctx;
+  exf_ctx *ctx = exf_model_ctx(model);
   size_t i;
   exf_real *grad;
   int was;
+  if (!ctx) return EXF_ARG;
+  if (!loss || !report)
+    return exf_fail(ctx, EXF_ARG, "exf_gradcheck: the loss or the report is NULL");
   memset(report, 0, sizeof *report);
   if (h == 0) h = sizeof(exf_real) == 8 ? 1e-3 : 1e-2;
   exf_model_zero_grad(model);
