@@ -103,6 +103,7 @@ static exf_fusion_desc draw_fusion(api *a) {
   memset(&f, 0, sizeof f);
   f.variant = (exf_variant)draw(a, 6);
   f.n_experts = draw(a, 8) ? draw(a, 4) : draw_size(a);
+  f.lean = draw(a, 4) ? 0 : draw(a, 4);
   f.dw_softmax = (int)draw(a, 2);
   f.routed = (int)draw(a, 2);
   f.attach = (int)draw(a, 2);
@@ -122,6 +123,8 @@ static exf_ffn_desc draw_ffn(api *a) {
   d.act = (exf_act)draw(a, 6);
   d.bias = (int)draw(a, 2);
   d.init_std = draw_number(a);
+  d.init_std_out = draw_number(a);
+  d.up = draw(a, 8) ? NULL : draw(a, 2) ? "c_proj" : "";
   d.fusion = draw_fusion(a);
   return d;
 }
@@ -403,6 +406,10 @@ static void call_optim(api *a) {
   memset(&d, 0, sizeof d);
   d.kind = (exf_optim_kind)draw(a, 3);
   d.beta1 = draw_number(a);
+  d.beta2 = draw_number(a);
+  d.eps = draw_number(a);
+  d.weight_decay = draw_number(a);
+  d.shared_moments = (int)draw(a, 2);
   d.momentum = draw_number(a);
   d.nesterov = (int)draw(a, 2);
   d.clip = draw_number(a);
@@ -422,12 +429,13 @@ static void call_optim(api *a) {
 }
 
 static void call_ema(api *a) {
-  switch (draw(a, 3)) {
+  switch (draw(a, 4)) {
     case 0:
       exf_ema_free(a->ema);
       a->ema = exf_ema_new(draw(a, 16) ? a->model : NULL, draw_number(a));
       break;
     case 1: exf_ema_update(a->ema); break;
+    case 2: exf_ema_copy_from(a->ema, draw(a, 4) ? a->other : NULL); break;
     default: exf_ema_copy_to(a->ema, draw(a, 4) ? a->other : NULL); break;
   }
 }
@@ -462,6 +470,42 @@ static void call_mode(api *a) {
   }
 }
 
+static void call_plain(api *a) {
+  exf_schedule s;
+  uint64_t key = draw_size(a);
+  s.kind = (exf_schedule_kind)draw(a, 4);
+  s.lr = draw_number(a);
+  s.min_lr = draw_number(a);
+  s.warmup = draw_size(a);
+  s.steps = draw(a, 256);
+  (void)exf_expert_decay(draw(a, 16) ? &s : NULL, draw_number(a));
+  s.steps = draw_size(a);
+  (void)exf_schedule_lr(draw(a, 16) ? &s : NULL, key);
+  MUST(exf_variant_name((exf_variant)draw(a, 6)) != NULL);
+  MUST(exf_upcycle_name((exf_upcycle)draw(a, 8)) != NULL);
+  MUST(exf_act_name((exf_act)draw(a, 6)) != NULL);
+  MUST(exf_status_name((exf_status)(draw(a, 16) - 2u)) != NULL);
+  MUST(exf_rng_uniform(key, exf_rng_stream("s"), draw(a, 2), key) < 1);
+  MUST(isfinite(exf_rng_normal(key, draw(a, 4), draw(a, 2), key)));
+  MUST(exf_model_ctx(a->model) == a->ctx && exf_model_ctx(NULL) == NULL);
+  exf_fail(draw(a, 16) ? a->ctx : NULL, draw(a, 4) ? EXF_OK : EXF_ARG, "%s", "said");
+}
+
+static exf_tensor *first_square(exf_ctx *ctx, void *user) {
+  exf_param *p = exf_model_param((exf_model *)user, 0);
+  return exf_mean(ctx, exf_square(ctx, exf_param_tensor(p)), EXF_ALL_AXES, 0);
+}
+
+static void call_gradcheck(api *a) {
+  exf_gradcheck_report report;
+  exf_model *m = draw(a, 16) ? a->model : NULL;
+  double h = draw_number(a);
+  call_rewind(a);
+  if (exf_model_count(a->model) <= 64)
+    exf_gradcheck(m, draw(a, 16) ? first_square : NULL, a->model, h,
+                  draw(a, 16) ? &report : NULL);
+}
+
 /* ---- files ---- */
 
 static void call_save(api *a) {
@@ -479,10 +523,11 @@ static void call_save(api *a) {
   item.data = x ? x->data : NULL;
   disk_arm(&a->disk, draw(a, 8) ? 0 : draw(a, 8), (int)draw(a, 2),
            (disk_fault)draw(a, 4));
-  switch (draw(a, 4)) {
+  switch (draw(a, 5)) {
     case 0: exf_model_save(m, path, draw(a, 16) ? meta : NULL, n); break;
     case 1: exf_checkpoint_save(m, a->optim, path, meta, n); break;
-    case 2: exf_st_save(a->ctx, path, draw(a, 16) ? &item : NULL, 1, NULL, 0); break;
+    case 2: exf_file_save(a->ctx, path, draw(a, 16) ? "text" : NULL, draw(a, 5)); break;
+    case 3: exf_st_save(a->ctx, path, draw(a, 16) ? &item : NULL, 1, NULL, 0); break;
     default:
       exf_st_save_memory(a->ctx, &item, draw(a, 2), meta, n, draw(a, 16) ? &data : NULL,
                          &bytes);
@@ -513,7 +558,7 @@ static const call calls[] = {
   call_shape, call_sum, call_lookup, call_custom, call_attention, call_backward,
   call_rewind, call_layer, call_module, call_forward, call_forward, call_change,
   call_param, call_diagnose, call_optim, call_ema, call_kv, call_mode, call_save,
-  call_load};
+  call_load, call_plain, call_gradcheck};
 
 static void end(api *a) {
   exf_kv_free(a->kv);
