@@ -735,6 +735,8 @@ EXF_API size_t exf_model_n_params(const exf_model *model);       /* tensors */
 EXF_API exf_param *exf_model_param(const exf_model *model, size_t i);
 EXF_API exf_param *exf_model_find(const exf_model *model, const char *name);
 EXF_API const char *exf_param_name(const exf_param *param);
+/* The experts of an FFN (N, ..) are for exf_fuse, or to be detached: other ops refuse
+   them while gradients are on. */
 EXF_API exf_tensor *exf_param_tensor(exf_param *param);
 EXF_API int exf_param_decays(const exf_param *param);
 EXF_API void exf_param_freeze(exf_param *param, int frozen); /* no gradient, no update */
@@ -5188,7 +5190,14 @@ static exf_tensor *exf__run(exf_ctx *ctx, int op, exf_tensor *const *in, int n_i
       exf_fail(ctx, EXF_ARG, "%s: input %d is NULL", exf__op_name(op), i);
       return NULL;
     }
-    if (in[i]->flags & EXF__NEEDS) needs = 1;
+    if (!(in[i]->flags & EXF__NEEDS)) continue;
+    needs = 1;
+    if (!in[i]->param || !in[i]->param->ffn || (op == EXF__OP_FUSE && i == 1)) continue;
+    if (!ctx->grad_on) continue;     /* the experts of an FFN gather one gradient, G */
+    exf_fail(ctx, EXF_ARG, "%s: input %d, '%.60s', holds an FFN's experts: only exf_fuse "
+             "takes their gradient; use exf_detach", exf__op_name(op), i,
+             in[i]->param->name);
+    return NULL;
   }
   node = (exf__node *)exf__arena(ctx, 1, sizeof *node);
   if (!node) return NULL;

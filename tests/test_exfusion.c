@@ -459,6 +459,11 @@ TEST(expert_gradients_are_a_times_G) {
   exf_model_zero_grad(l.model);
   CHECK(exf_expert_grad(exf_model_find(l.model, E1), g1) == EXF_STATE);
   CHECK_ERR(l.ctx, EXF_STATE, "experts.c_fc.weight");
+  /* experts gather G alone: no other op may write to it */
+  CHECK(exf_square(l.ctx, e1) == NULL);
+  CHECK_ERR(l.ctx, EXF_ARG, "only exf_fuse");
+  CHECK(exf_fuse(l.ctx, a, e1) != NULL);
+  CHECK(exf_square(l.ctx, exf_detach(l.ctx, e1)) != NULL);
   free(g1); free(g2);
   lone_free(&l);
 }
