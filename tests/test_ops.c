@@ -612,6 +612,9 @@ TEST(gradcheck_sees_a_wrong_backward) {
   CHECK(g.worst > 0.05);
   CHECK(g.worst_relative > 0.05);
   CHECK(strstr(g.where, "p0") != NULL);
+  CHECK(exf_gradcheck(NULL, recipe_build, &r, 0, &g) == EXF_ARG);
+  CHECK(exf_gradcheck(r.model, recipe_build, &r, 0, NULL) == EXF_ARG);
+  CHECK_ERR(ctx, EXF_ARG, "report is NULL");
   exf_model_free(r.model);
   exf_ctx_free(ctx);
 }
