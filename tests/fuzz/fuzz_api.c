@@ -6,6 +6,7 @@
 #include "../../exfusion.h"
 #elif !defined(FUZZ_REPLAY)
 #define EXFUSION_IMPLEMENTATION
+#define EXF__CHUNK(held) ((held) * 0)   /* every request of the step arena is a block */
 #include "../../exfusion.h"
 #endif
 #include "fuzz.h"
@@ -44,7 +45,7 @@ static unsigned draw(api *a, unsigned n) {
 /* Mostly small; now and then of a size that must be refused. */
 static size_t draw_size(api *a) {
   static const size_t large[] = {
-    17, 1000, 65536, (size_t)1 << 31, ((size_t)1 << 31) - 1, SIZE_MAX / 8 + 1,
+    17, 40, 3000, (size_t)1 << 31, ((size_t)1 << 31) - 1, SIZE_MAX / 8 + 1,
     SIZE_MAX / 4, SIZE_MAX / 2 + 1, SIZE_MAX - 63, SIZE_MAX};
   static const size_t small[] = {1, 2, 3, 4, 5, 6, 8, 0};
   unsigned r = draw(a, 64);
