@@ -4775,11 +4775,11 @@ static int exf__CONCAT_shape(exf_ctx *ctx, exf__node *n, exf_shape *out) {
 }
 
 /* Moves a block of `cols` columns between a (rows,cols) part and columns at.. of a
-   (rows,total) whole. */
+   (rows,total) whole. Of no columns there may be 2^63 rows. */
 static void exf__columns(size_t rows, size_t cols, size_t total, size_t at,
                          const exf_real *from, exf_real *to, int to_whole, int acc) {
   size_t r, j;
-  for (r = 0; r < rows; r++) {
+  for (r = 0; cols && r < rows; r++) {
     const exf_real *f = from + (to_whole ? r * cols : r * total + at);
     exf_real *t = to + (to_whole ? r * total + at : r * cols);
     for (j = 0; j < cols; j++) t[j] = acc ? t[j] + f[j] : f[j];

@@ -300,8 +300,10 @@ static void size_ops(exf_ctx *ctx, size_t a, size_t b) {
   CHECK(size_ok(ctx, y) && (y == NULL || product(a, b, 1) == 0));
   pair[0] = pair[1] = x;
   CHECK(size_ok(ctx, exf_concat(ctx, pair, 2, 0)));
+  CHECK(size_ok(ctx, exf_concat(ctx, pair, 2, 1)));
   CHECK(size_ok(ctx, exf_concat(ctx, pair, 2, 2)));
   CHECK(size_ok(ctx, exf_slice(ctx, x, 0, 0, b)));
+  CHECK(size_ok(ctx, exf_slice(ctx, x, 1, 0, 0)));
   y = exf_sum(ctx, x, EXF_AXIS(1), 0);                    /* (a,b) of zeros */
   CHECK(size_ok(ctx, y) && (y == NULL || y->size == product(a, b, 1)));
   y = exf_matmul(ctx, exf_reshape(ctx, x, exf_shape2(a, 0)),
