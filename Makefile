@@ -145,13 +145,13 @@ torture: build/tests/torture build/tests/test_power
 # build/fuzz as crash-*. make build/fuzz/NAME-replay is the target with a plain main, for
 # a corpus or AFL++.
 FUZZ_CC ?= clang
-FUZZ = safetensors flags api
+FUZZ = safetensors flags idx pnm api
 FUZZ_FLAGS = -O1 -g -DEXF_NO_SIMD $(WARN)
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
 fuzz: build/tests/test_malicious build/tests/test_fuzz $(FUZZ:%=build/fuzz/%)
 	@for t in $(FUZZ); do mkdir -p build/fuzz/corpus/$$t build/fuzz/seeds/$$t; done
 	@build/tests/test_malicious --write build/fuzz/seeds/safetensors
-	@build/tests/test_fuzz --write build/fuzz/seeds/flags
+	@build/tests/test_fuzz --write build/fuzz/seeds
 	@for t in $(FUZZ); do echo "$$t:"; \
 	  build/fuzz/$$t -max_total_time=$(SECONDS) -max_len=4096 -timeout=10 \
 	    -artifact_prefix=build/fuzz/crash-$$t- -print_final_stats=1 \
@@ -159,11 +159,12 @@ fuzz: build/tests/test_malicious build/tests/test_fuzz $(FUZZ:%=build/fuzz/%)
 	    || { tail -n 40 build/fuzz/$$t.log; exit 1; }; \
 	  grep -E 'executed_units|exec_per_sec' build/fuzz/$$t.log; done
 
-build/fuzz/%-replay: tests/fuzz/fuzz_%.c tests/fuzz/main.c $(HEADERS)
+build/fuzz/%-replay: tests/fuzz/fuzz_%.c tests/fuzz/main.c $(HEADERS) \
+  $(wildcard tests/fuzz/*.h examples/*.[ch])
 	@mkdir -p build/fuzz
 	$(CC) $(FUZZ_FLAGS) $(SANITIZE) $< tests/fuzz/main.c -o $@ -lm
 
-build/fuzz/%: tests/fuzz/fuzz_%.c $(HEADERS) tests/fuzz/fuzz.h
+build/fuzz/%: tests/fuzz/fuzz_%.c $(HEADERS) $(wildcard tests/fuzz/*.h examples/*.[ch])
 	@mkdir -p build/fuzz
 	$(FUZZ_CC) $(FUZZ_FLAGS) -DFUZZ_LIBFUZZER -fsanitize=fuzzer $(SANITIZE) $< -o $@ -lm
 

@@ -1,6 +1,6 @@
-/* What the fuzz targets of tests/fuzz meet without a fuzzer: the malicious files, whole
-   and damaged, the inputs that once were findings, and some thousand random programs.
-     test_fuzz --write FOLDER     writes the texts, to start a fuzzer from */
+/* What the fuzz targets of tests/fuzz meet without a fuzzer: their seeds, whole and
+   damaged, and some thousand random programs.
+     test_fuzz --write FOLDER     writes what a fuzzer starts from, to FOLDER/TARGET */
 #define _POSIX_C_SOURCE 200809L
 #ifdef TEST_LINKED
 #include "../exfusion.h"
@@ -16,8 +16,11 @@
 #include "malicious.h"
 
 #include "fuzz/fuzz_flags.c"
+#include "fuzz/fuzz_idx.c"
+#include "fuzz/fuzz_pnm.c"
+#include "fuzz/seeds.h"
 
-enum { RANDOM_PROGRAMS = 4000, RANDOM_TEXTS = 8000, ROUNDS = 8 };
+enum { RANDOM_PROGRAMS = 4000, MAX_PROGRAM = 300, ROUNDS = 8 };
 
 static size_t n_inputs;
 
@@ -50,59 +53,129 @@ TEST(malicious_files_are_survived_damaged_too) {
   CHECK(n_inputs > 300 * ROUNDS);
 }
 
+static size_t random_program(uint32_t k, uint8_t *data) {
+  size_t i, n = 20 + exf_rng_u32(12, 0, k, 0) % (MAX_PROGRAM - 20);
+  for (i = 0; i < n; i++) data[i] = (uint8_t)exf_rng_u32(12, 1, k, i);
+  return n;
+}
+
 TEST(random_programs_are_survived) {
-  uint8_t data[300];
+  uint8_t data[MAX_PROGRAM];
   uint32_t k;
-  size_t i;
   n_inputs = 0;
-  for (k = 0; k < RANDOM_PROGRAMS; k++) {
-    size_t n = 20 + exf_rng_u32(12, 0, k, 0) % 280;
-    for (i = 0; i < n; i++) data[i] = (uint8_t)exf_rng_u32(12, 1, k, i);
-    damaged(fuzz_api, data, n, 0);
-  }
+  for (k = 0; k < RANDOM_PROGRAMS; k++)
+    damaged(fuzz_api, data, random_program(k, data), 0);
   CHECK(n_inputs == RANDOM_PROGRAMS);
 }
 
-static const char *const texts[] = {
-  "0{\"steps\": 5, \"lr\": 0.001, \"ffn\": \"mb\", \"out\": \"a\\u0041b\", "
-  "\"quick\":true}",
-  "1{\"width\": 128, \"heads\": 4, \"mu\": 0.95, \"data\": \"x\\n\", \"seed\": 18}",
-  "2--steps=5\n--lr\n1e-3\n--ffn\nmb\n--routed\n--quick\n--out\nx", "2--help", "2-h",
-  "2--ffn\nno such choice", "2--\33[2J", "0{\"\\n\": 1}",
-  "0{\"out\":\"\\u001b[2J\"}", "0",
-  "0{", "0{}", "0{\"lr\":nan}", "0{\"lr\":1e999}", "0{\"experts\":-1}", "3[10,32,33,65]",
-  "3", "3[", "3[]", "3[1,2", "3[2,1]", "3[256]", "3[1,2]x", "3x1,2]", "41,2.5,,3e5,nan\n",
-  "4", "41,2"};
-
-TEST(texts_are_survived_damaged_too) {
-  uint32_t k;
-  size_t i, n = sizeof texts / sizeof texts[0];
+/* Each of n seeds, whole and damaged, `rounds` times. */
+static void replay_seeds(int (*target)(const uint8_t *data, size_t n), const seed *seeds,
+                         size_t n, uint32_t rounds) {
+  uint32_t round;
+  size_t i;
   n_inputs = 0;
-  for (k = 0; k < RANDOM_TEXTS; k++)
-    damaged(fuzz_flags, (const uint8_t *)texts[k % n], strlen(texts[k % n]),
-            k / (uint32_t)n);
-  for (i = 0; i < n; i++) damaged(fuzz_flags, (const uint8_t *)texts[i], 1, 0);
-  CHECK(n_inputs > RANDOM_TEXTS);
+  for (round = 0; round < rounds; round++)
+    for (i = 0; i < n; i++)
+      damaged(target, (const uint8_t *)seeds[i].data, seeds[i].n, round);
+  CHECK(n_inputs == n * rounds);
 }
 
-static int write_texts(const char *folder) {
-  exf_ctx *ctx = exf_ctx_new(NULL);
+TEST(seeds_are_sound_or_not) {
+  size_t i;
+  why w;
+  program_begin(0);
+  for (i = 0; i < LENGTH(idx_seeds); i++) {
+    idx x;
+    const unsigned char *data = (const unsigned char *)idx_seeds[i].data;
+    CHECK(idx_decode(data, idx_seeds[i].n, &x, &w) == (i < SOUND_IDX));
+  }
+  for (i = 0; i < LENGTH(pnm_seeds); i++) {
+    picture p;
+    const unsigned char *data = (const unsigned char *)pnm_seeds[i].data;
+    CHECK(picture_decode(data, pnm_seeds[i].n, &p, &w) == (i < SOUND_PNM));
+  }
+  program_finish();
+}
+
+TEST(texts_are_survived_damaged_too) {
+  replay_seeds(fuzz_flags, text_seeds, LENGTH(text_seeds), 250);
+}
+TEST(idx_files_are_survived_damaged_too) {
+  replay_seeds(fuzz_idx, idx_seeds, LENGTH(idx_seeds), 250);
+}
+TEST(pnm_files_are_survived_damaged_too) {
+  replay_seeds(fuzz_pnm, pnm_seeds, LENGTH(pnm_seeds), 250);
+}
+
+/* FOLDER/safetensors/sound-model and sound-checkpoint: what the target's models load. */
+static void write_sound(const char *folder) {
+  reader *r = reader_get();
+  char path[512];
+  snprintf(path, sizeof path, "%s/sound-model", folder);
+  exf_model_save(r->dense, path, NULL, 0);
+  snprintf(path, sizeof path, "%s/sound-checkpoint", folder);
+  exf_checkpoint_save(r->banked, r->optim, path, NULL, 0);
+  CHECK_OK(r->ctx);
+}
+
+static void replay_path(const char *path) {
+  static uint8_t data[8192];
+  FILE *file = fopen(path, "rb");
+  size_t n = file ? fread(data, 1, sizeof data, file) : 0;
+  uint32_t round;
+  if (file) fclose(file);
+  CHECK(n > 100 && n < sizeof data);
+  for (round = 0; round < 1000; round++) damaged(fuzz_safetensors, data, n, round);
+  remove(path);
+}
+
+TEST(sound_files_are_survived_damaged_too) {
+  write_sound(TEST_TMP);
+  replay_path(TEST_TMP "/sound-model");
+  replay_path(TEST_TMP "/sound-checkpoint");
+}
+
+/* ---- seeds for a fuzzer ---- */
+
+static void write_seeds(exf_ctx *ctx, const char *folder, const char *name,
+                        const seed *seeds, size_t n) {
   char path[512];
   size_t i;
-  int failed;
-  for (i = 0; i < sizeof texts / sizeof texts[0]; i++) {
-    snprintf(path, sizeof path, "%s/text%d", folder, (int)i);
-    exf_file_save(ctx, path, texts[i], strlen(texts[i]));
+  for (i = 0; i < n; i++) {
+    snprintf(path, sizeof path, "%s/%s/%03d", folder, name, (int)i);
+    exf_file_save(ctx, path, seeds[i].data, seeds[i].n);
   }
-  failed = exf_ctx_status(ctx) != EXF_OK;
+}
+
+static int write_all(const char *folder) {
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  uint8_t data[MAX_PROGRAM];
+  char path[512];
+  uint32_t k;
+  int failed;
+  write_seeds(ctx, folder, "flags", text_seeds, LENGTH(text_seeds));
+  write_seeds(ctx, folder, "idx", idx_seeds, LENGTH(idx_seeds));
+  write_seeds(ctx, folder, "pnm", pnm_seeds, LENGTH(pnm_seeds));
+  for (k = 0; k < RANDOM_PROGRAMS / 10; k++) {
+    size_t n = random_program(k, data);
+    snprintf(path, sizeof path, "%s/api/%03d", folder, (int)k);
+    exf_file_save(ctx, path, data, n);
+  }
+  snprintf(path, sizeof path, "%s/safetensors", folder);
+  write_sound(path);
+  failed = exf_ctx_status(ctx) != EXF_OK || test_now.failures > 0;
   exf_ctx_free(ctx);
   return failed;
 }
 
 int main(int argc, char **argv) {
-  if (argc == 3 && strcmp(argv[1], "--write") == 0) return write_texts(argv[2]);
+  if (argc == 3 && strcmp(argv[1], "--write") == 0) return write_all(argv[2]);
   RUN(malicious_files_are_survived_damaged_too);
   RUN(random_programs_are_survived);
+  RUN(seeds_are_sound_or_not);
   RUN(texts_are_survived_damaged_too);
+  RUN(idx_files_are_survived_damaged_too);
+  RUN(pnm_files_are_survived_damaged_too);
+  RUN(sound_files_are_survived_damaged_too);
   TEST_MAIN_END;
 }
