@@ -474,7 +474,9 @@ static inline int pnm_decode(const unsigned char *in, size_t n, picture *out, wh
                   IMAGE_MAX_SIDE);
   if (maximum < 1 || maximum > 65535)
     return refuse(w, "pnm: byte %s: the largest value must be 1 to 65535", commas(p.at));
-  p.at++;                                               /* one blank ends the header */
+  if (p.at < n && in[p.at] > ' ')
+    return refuse(w, "pnm: byte %s: one blank must end the header", commas(p.at));
+  p.at++;
   per_row = channels * (size_t)width * (maximum < 256 ? 1 : 2);
   if (kind == 4) per_row = ((size_t)width + 7) / 8;
   if (p.at > n || (kind < 4 ? channels * (size_t)(width * height)
@@ -490,6 +492,7 @@ static inline int pnm_decode(const unsigned char *in, size_t n, picture *out, wh
       long v = pnm_sample(&p, kind, maximum, row, x);
       if (v < 0 || v > maximum) {
         free(out->rgb);
+        memset(out, 0, sizeof *out);
         return refuse(w, "pnm: byte %s: %s", commas(kind < 4 ? p.at : row),
                       v < 0 ? "a number is missing" : "a value above the largest");
       }

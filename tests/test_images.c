@@ -176,7 +176,7 @@ static void pnm_refused(const char *bytes, size_t n, const char *part) {
   picture p;
   why w = {""};
   memcpy(exact, bytes, n);
-  CHECK(!pnm_decode(exact, n, &p, &w));
+  CHECK(!pnm_decode(exact, n, &p, &w) && p.rgb == NULL);
   CHECK_HAS(w.s, part);
   free(exact);
 }
@@ -209,6 +209,7 @@ TEST(pnm_refused_with_rule_and_offset) {
   PNM_REFUSED("P2 2 1 10\n0 11", "byte 14: a value above");
   PNM_REFUSED("P2 2 2 10\n0 1 2 x", "byte 16: a number is missing");
   PNM_REFUSED("P5 1 1 9\na", "a value above");
+  PNM_REFUSED("P5 1 1 255xa", "byte 10: one blank");
   PNM_REFUSED("P1 2 1\n1x", "byte 8: a number is missing");
 }
 
