@@ -267,7 +267,7 @@ static inline int inflate_codes(inflater *z, const huffman *literal,
 
 static inline int inflate_blocks(inflater *z) {
   huffman literal, distance;
-  int last = 0;
+  int last = 0, fixed = 0;      /* the tables hold the fixed codes */
   while (!last && (z->made < z->capacity || !z->partial)) {
     uint32_t kind;
     last = (int)bits_take(z, 1);
@@ -280,7 +280,7 @@ static inline int inflate_blocks(inflater *z) {
       if (!inflate_stored(z)) return 0;
       continue;
     }
-    if (kind == 1) {
+    if (kind == 1 && !fixed) {
       unsigned char length[320];
       memset(length, 8, 288);
       memset(length + 144, 9, 112);
@@ -288,9 +288,10 @@ static inline int inflate_blocks(inflater *z) {
       memset(length + 288, 5, 32);
       huffman_build(&literal, length, 288);
       huffman_build(&distance, length + 288, 32);
-    } else if (!inflate_lengths(z, &literal, &distance)) {
+    } else if (kind == 2 && !inflate_lengths(z, &literal, &distance)) {
       return 0;
     }
+    fixed = kind == 1;
     if (!inflate_codes(z, &literal, &distance)) return 0;
   }
   return 1;

@@ -116,6 +116,7 @@ static int fuzz_safetensors(const uint8_t *data, size_t n) {
     for (i = 8; i-- > 0;) header = header << 8 | data[i];
     look_through(r->ctx, st, n, header, 0);
     load(r, st);
+    MUST(r->heap.peak - held <= 4 * n + (1 << 20));
   }
   lenient = exf_st_open_memory(r->ctx, data, n, &trailing);
   MUST(st == NULL || (lenient != NULL && trailing == 0));

@@ -34,7 +34,7 @@ static const seed text_seeds[] = {
 #define NO_END "\0\0\0\0\0\0\0\0"      /* as checksum and size */
 
 /* SOUND_IDX sound files, raw and in gzip: a stored block, fixed codes, codes of its own,
-   every part of the header, blocks of two kinds; then one file for each rule. */
+   every part of the header, blocks in turn; then one file for each rule. */
 static const seed idx_seeds[] = {
   BYTES("\0\0\10\2\0\0\0\2\0\0\0\3abcdef"), BYTES("\0\0\10\1\0\0\0\0"),
   BYTES("\0\0\10\2\0\0\0\0\377\377\377\377"),
@@ -49,8 +49,10 @@ static const seed idx_seeds[] = {
   BYTES("\37\213\10\36\0\0\0\0\0\377\2\0xxname\0comment\0hcc`\340`f``\0a& fa`dbfaec"
         "\347\340\344\342\346\341\345\343\27\20\24\22\26\21\25\23\7\0W\335\35C(\0"
         "\0\0"),
-  BYTES(GZIP "\0\10\0\367\377\0\0\10\1\0\0\2Xc`\30\5\243\200\372\0\0\326v\303n`\2"
-        "\0\0"),
+  BYTES(GZIP "b`\340`d``\330\305\300\310\304\314\302\312\306\16\0\0\0\377\377|\214"
+        "\271\15\0000\20\302xn\377\231\303I4)\22wX\26\0(C\303\21\306b\220\247\42\33"
+        "\313;a\305\32&\202\271MHQ\361Kr\342\376\336f\233\220\223\212\3\0\0\377\377c`"
+        "dbfaec\7\0\272h\301V\302\0\0\0"),
   BYTES(""), BYTES("\0\0\10"), BYTES("\211PNG"), BYTES("\0\0\15\1\0\0\0\0"),
   BYTES("\0\0\10\0"), BYTES("\0\0\10\11"), BYTES("\0\0\10\2\0\0\0\2\0\0\0"),
   BYTES("\0\0\10\1\0\0\0\2a"), BYTES("\0\0\10\1\0\0\0\2abc"),
