@@ -153,7 +153,7 @@ fuzz: build/tests/test_malicious build/tests/test_fuzz $(FUZZ:%=build/fuzz/%)
 	@build/tests/test_malicious --write build/fuzz/seeds/safetensors
 	@build/tests/test_fuzz --write build/fuzz/seeds
 	@for t in $(FUZZ); do echo "$$t:"; \
-	  build/fuzz/$$t -max_total_time=$(SECONDS) -max_len=4096 -timeout=10 \
+	  build/fuzz/$$t -max_total_time=$(SECONDS) -max_len=4096 -timeout=60 \
 	    -artifact_prefix=build/fuzz/crash-$$t- -print_final_stats=1 \
 	    build/fuzz/corpus/$$t build/fuzz/seeds/$$t 2> build/fuzz/$$t.log \
 	    || { tail -n 40 build/fuzz/$$t.log; exit 1; }; \
