@@ -166,6 +166,45 @@ TEST(merged_file_of_another_geometry_is_refused) {
   exf_ctx_free(ctx);
 }
 
+/* A model that took its numbers from a file is a trained one: experts start from it. */
+TEST(upcycling_keeps_what_was_loaded) {
+  exf_ctx *ctx = new_ctx(1, NULL);
+  tiny_desc d = tiny_defaults();
+  tiny_gpt g = tiny_new(ctx, &d), h;
+  exf_fusion_desc f = tiny_variant(4, 3);
+  exf_optim *optim = tiny_adamw(g.model);
+  exf_pair meta[2] = {{"note", "mine"}, {"format", "np"}};
+  exf_real *want, *got;
+  exf_st *st;
+  size_t n, m;
+  int i;
+  tiny_train(ctx, &g, optim, 0, 3, 1e-2);
+  want = tiny_eval(ctx, &g, &n);
+  for (i = 0; i < 3; i++) {      /* a model, with a format of its own, a checkpoint */
+    if (i == 2) exf_checkpoint_save(g.model, NULL, MERGED, NULL, 0);
+    else exf_model_save(g.model, MERGED, meta, i == 0 ? 1 : 2);
+    st = exf_st_open(ctx, MERGED, NULL);
+    if (!CHECK(st != NULL)) return;
+    CHECK_STR(exf_st_meta(st, "format"), i == 1 ? "np" : "pt");
+    if (i < 2) CHECK_STR(exf_st_meta(st, "note"), "mine");
+    h = tiny_new(ctx, &d);
+    h.wte->data[0] += 1;
+    CHECK((i == 2 ? exf_checkpoint_load(h.model, NULL, st) : exf_model_load(h.model, st))
+          == EXF_OK);
+    CHECK(exf_model_upcycle(h.model, &f) == EXF_OK);
+    got = tiny_eval(ctx, &h, &m);
+    CHECK(m == n && max_diff(want, got, n) < 1e-5);
+    free(got);
+    exf_st_close(st);
+    exf_model_free(h.model);
+  }
+  CHECK_OK(ctx);
+  free(want);
+  exf_optim_free(optim);
+  exf_model_free(g.model);
+  exf_ctx_free(ctx);
+}
+
 /* ---- one FFN --------------------------------------------------------------------- */
 
 typedef struct lone {
@@ -781,6 +820,7 @@ TEST(notices_fire) {
   CHECK_HAS(log.text, "one expert");
   CHECK(notices_of(3, 4, EXF_UP_COPY, EXF_ADAMW, &log) >= 1);
   CHECK_HAS(log.text, "cop");
+  CHECK_HAS(log.text, "notice: transformer.h.0.mlp (2 of 2 FFNs): ");
   CHECK(notices_of(1, 4, EXF_UP_DEFAULT, EXF_ADAMW, &log) >= 1);
   CHECK_HAS(log.text, "sw");
   CHECK_HAS(log.text, "Adam");
@@ -892,6 +932,7 @@ int main(void) {
   RUN(merge_changes_no_bit);
   RUN(merge_changes_no_bit_with_swiglu);
   RUN(merged_file_of_another_geometry_is_refused);
+  RUN(upcycling_keeps_what_was_loaded);
   RUN(upcycling_from_scratch);
   RUN(zerosum_keeps_the_function);
   RUN(zerosum_spread_scales_the_differences);

@@ -403,7 +403,15 @@ TEST(cross_entropy_equals_reference) {
 
 /* ---- attention ------------------------------------------------------------------- */
 
-static void attention_case(size_t tq, size_t tk, size_t d, int causal) {
+/* Every score of query 0 is -inf, of finite factors. */
+static void hide_all(exf_real *q, size_t d, exf_real *k, size_t tk, size_t stride) {
+  size_t i, j;
+  for (j = 0; j < d; j++) q[j] = -(exf_real)FLT_MAX;
+  for (i = 0; i < tk; i++)
+    for (j = 0; j < d; j++) k[i * stride + j] = k[i * stride + j] < 0 ? 2 : 3;
+}
+
+static void attention_case(size_t tq, size_t tk, size_t d, int causal, int hidden) {
   size_t qs = 3 * d + 1, vs = 2 * d + 3, os = d + 2, i, bad = 0;
   size_t bytes = exf__attention_scratch(K, tk), rb = exf__attention_scratch(R, tk);
   arr q = arr_new(tq * qs, 1), k = arr_new(tk * vs, 1), v = arr_new(tk * vs, 1);
@@ -412,11 +420,13 @@ static void attention_case(size_t tq, size_t tk, size_t d, int causal) {
   void *base_k, *base_r, *sk = scratch_of(bytes, &base_k), *sr = scratch_of(rb, &base_r);
   exf_real scale = (exf_real)(1 / sqrt((double)d));
   CHECK(bytes > 0 && rb > 0);
+  if (hidden) hide_all(q.x, d, k.x, tk, vs);
   K->attention(tq, tk, d, q.x, qs, k.x, v.x, vs, scale, causal, a.x, os, la.x, sk);
   R->attention(tq, tk, d, q.x, qs, k.x, v.x, vs, scale, causal, b.x, os, lb.x, sr);
   for (i = 0; i < tq; i++) bad += !agree(a.x + i * os, b.x + i * os, d);
   CHECK(bad == 0);
   CHECK(agree(la.x, lb.x, 2 * tq));
+  for (i = 0; hidden && i < d; i++) CHECK(a.x[i] == 0 && la.x[0] == 0 && la.x[tq] == 0);
   K->attention(tq, tk, d, q.x, qs, k.x, v.x, vs, scale, causal, a.x, os, NULL, sk);
   for (i = 0; i < tq; i++) bad += !agree(a.x + i * os, b.x + i * os, d);
   CHECK(bad == 0);
@@ -425,13 +435,14 @@ static void attention_case(size_t tq, size_t tk, size_t d, int causal) {
   arr_free(&q); arr_free(&k); arr_free(&v); arr_free(&a); arr_free(&b);
   arr_free(&la); arr_free(&lb);
 }
-static void attention_grad_case(size_t t, size_t d, int causal, int acc) {
+static void attention_grad_case(size_t t, size_t d, int causal, int acc, int hidden) {
   size_t s = 3 * d + 2, os = d + 1, bad = 0, i;
   size_t bytes = exf__attention_scratch(K, t), rb = exf__attention_scratch(R, t);
   arr x = arr_new(t * s, 1), out = arr_new(t * os, 0), dout = arr_new(t * os, 1);
   arr stat = arr_new(2 * t, 0), a = arr_new(t * s, 1), b = arr_copy(&a);
   void *base_k, *base_r, *sk = scratch_of(bytes, &base_k), *sr = scratch_of(rb, &base_r);
   exf_real scale = (exf_real)(1 / sqrt((double)d));
+  if (hidden) hide_all(x.x, d, x.x + d, t, s);
   R->attention(t, t, d, x.x, s, x.x + d, x.x + 2 * d, s, scale, causal, out.x, os, stat.x,
                sr);
   K->attention_grad(t, d, x.x, x.x + d, x.x + 2 * d, s, scale, causal, out.x, dout.x, os,
@@ -439,6 +450,7 @@ static void attention_grad_case(size_t t, size_t d, int causal, int acc) {
   R->attention_grad(t, d, x.x, x.x + d, x.x + 2 * d, s, scale, causal, out.x, dout.x, os,
                     stat.x, b.x, b.x + d, b.x + 2 * d, s, acc, sr);
   for (i = 0; i < t; i++) bad += !agree(a.x + i * s, b.x + i * s, 3 * d);
+  for (i = 0; i < d && hidden && !acc; i++) bad += b.x[i] != 0 || !isfinite(b.x[d + i]);
   CHECK(bad == 0);
   free(base_k);
   free(base_r);
@@ -453,11 +465,13 @@ TEST(attention_equals_reference) {
   for (i = 0; i < sizeof t / sizeof t[0]; i++)
     for (j = 0; j < sizeof d / sizeof d[0]; j++)
       for (causal = 0; causal < 2; causal++) {
-        attention_case(t[i], t[i], d[j], causal);
-        attention_case(1, t[i], d[j], causal);
-        attention_case((t[i] + 1) / 2, t[i], d[j], causal);
-        attention_grad_case(t[i], d[j], causal, 0);
-        attention_grad_case(t[i], d[j], causal, 1);
+        attention_case(t[i], t[i], d[j], causal, 0);
+        attention_case(1, t[i], d[j], causal, 0);
+        attention_case((t[i] + 1) / 2, t[i], d[j], causal, 0);
+        attention_case(t[i], t[i], d[j], causal, 1);
+        attention_grad_case(t[i], d[j], causal, 0, 0);
+        attention_grad_case(t[i], d[j], causal, 1, 0);
+        attention_grad_case(t[i], d[j], causal, 0, 1);
       }
 }
 

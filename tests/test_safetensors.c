@@ -1380,7 +1380,8 @@ TEST(files_of_the_operating_system) {
   CHECK_ERR(ctx, EXF_FORMAT, "rule V1: 0 bytes");
   CHECK(exf_file_save(ctx, path, NULL, 1) == EXF_ARG);
   CHECK_ERR(ctx, EXF_ARG, "NULL");
-  CHECK(remove(path) == 0);
+  CHECK(ctx->files.remove(NULL, path) == 0 && !exists(path));
+  CHECK(ctx->files.remove(NULL, path) == -1);
   CHECK(exf_st_open(ctx, path, NULL) == NULL);
   CHECK_ERR(ctx, EXF_IO, strerror(ENOENT));
   CHECK(exf_file_save(ctx, "no/such/folder/f", "x", 1) == EXF_IO);
