@@ -22,22 +22,23 @@ import sys
 
 OUT = "build/mutate"
 CC = os.environ.get("CC", "cc")
-FLAGS = ["-std=c99", "-w", "-O1", "-pthread", "-DTEST_STOP", f'-DTEST_TMP="{OUT}/tmp"']
+FLAGS = ["-std=c99", "-w", "-O1", "-pthread", "-DTEST_STOP", f'-DTEST_TMP="{OUT}/tmp"',
+         "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
 SECONDS = 15
 
 # Sections of the header, by their tags; the programs that are asked, the quickest first.
 # A program with a - is linked to an implementation without fast kernels, with a * it has
-# its own, with a + its own with fast kernels.
+# its own, with a ! that with AddressSanitizer, with a + its own with fast kernels.
 SECTIONS = {
     "kernels": ("-optim", "-exfusion", "*ops", "-golden", "+kernels"),
     "fast": ("+kernels",),
     "optim_impl": ("-optim", "-exfusion", "*algebra", "-golden", "-resume"),
     "schedule": ("-optim", "-exfusion"),
-    "merged": ("-optim", "-exfusion", "*algebra"),
-    "files": ("*safetensors", "-power"),
-    "safetensors": ("*safetensors", "-malicious"),
-    "st-writer": ("*safetensors", "-power"),
-    "checkpoint": ("-power", "-exfusion", "*safetensors", "-resume"),
+    "merged": ("-optim", "-exfusion", "*algebra", "*faults"),
+    "files": ("*safetensors", "-power", "*faults"),
+    "safetensors": ("*safetensors", "-malicious", "!safetensors"),
+    "st-writer": ("*safetensors", "-power", "*faults", "!safetensors"),
+    "checkpoint": ("-power", "-exfusion", "*safetensors", "*faults", "-resume"),
 }
 WEIGHT = {"kernels": 4, "fast": 4, "optim_impl": 3, "safetensors": 4, "st-writer": 2,
           "checkpoint": 2, "files": 1, "schedule": 1, "merged": 1}
@@ -128,6 +129,10 @@ def read(path):
         return f.read()
 
 
+def exe_of(program):
+    return f"{OUT}/{program[1:]}{'.asan' * (program[0] == '!')}"
+
+
 def source_of(program):
     return f"{OUT}/tests/test_{program[1:]}.c"
 
@@ -156,20 +161,21 @@ class Said:
 
 
 def build(program):
-    """Makes OUT/NAME of the header in OUT; False: it does not compile."""
+    """Makes the program of the header in OUT; False: it does not compile."""
     kind, name = program[0], program[1:]
-    simd = [] if kind == "+" else ["-DEXF_NO_SIMD"]
+    more = {"+": [], "!": ["-DEXF_NO_SIMD", "-fsanitize=address"]}.get(
+        kind, ["-DEXF_NO_SIMD"])
     source = [source_of(program)]
     if kind == "-":
         source = [f"{OUT}/{name}.o", f"{OUT}/impl.o"]
         if not os.path.exists(source[1]) and not command(
-                CC, *FLAGS, *simd, "-c", f"{OUT}/impl.c", "-o", source[1]):
+                CC, *FLAGS, *more, "-c", f"{OUT}/impl.c", "-o", source[1]):
             return False
-    return command(CC, *FLAGS, *simd, *source, "-o", f"{OUT}/{name}", "-lm")
+    return command(CC, *FLAGS, *more, *source, "-o", exe_of(program), "-lm")
 
 
 def ask(program):
-    exe = f"{OUT}/{program[1:]}"
+    exe = exe_of(program)
     if not build(program):
         return "broken"
     if read(exe) == read(f"{exe}.first"):
@@ -194,7 +200,7 @@ def noticed(said, programs, header):
 
 def first(program):
     """The same of the header as it is."""
-    return "passes" if command(f"{OUT}/{program[1:]}.first") else "fails"
+    return "passes" if command(f"{exe_of(program)}.first") else "fails"
 
 
 def prepare(lines, sections):
@@ -209,7 +215,7 @@ def prepare(lines, sections):
         f.write("\n".join(lines))
     said = Said()
     for program in sorted({p for name in sections for p in SECTIONS[name]}):
-        exe = f"{OUT}/{program[1:]}"
+        exe = exe_of(program)
         if program[0] == "-" and not command(CC, *FLAGS, "-DTEST_LINKED", "-c",
                                              source_of(program), "-o", f"{exe}.o"):
             sys.exit(f"{source_of(program)} does not compile")

@@ -209,6 +209,19 @@ TEST(philox_known_answers) {
   exf__philox(~(uint64_t)0, ~(uint32_t)0, ~(uint32_t)0, ~(uint64_t)0, out);
   for (i = 0; i < 4; i++) CHECK(out[i] == ones[i]);
 }
+/* A seed means the same numbers in every version: a hash (FNV-1a) of 1000 normal draws. */
+TEST(normal_draws_keep_their_bits) {
+  uint64_t hash = 0xcbf29ce484222325u, bits, i;
+  int k;
+  if (FLT_EVAL_METHOD != 0) SKIP("intermediate results are wider than double");
+  for (i = 0; i < 1000; i++) {
+    double x = exf_rng_normal(1, 2, 3, i);
+    memcpy(&bits, &x, sizeof bits);
+    for (k = 0; k < 64; k += 8) hash = (hash ^ (bits >> k & 255)) * 0x100000001b3u;
+  }
+  if (!CHECK(hash == 0x521f8f2fbcdf6ea7u)) printf("  %016llx\n", (unsigned long long)hash);
+}
+
 /* ---- gemm ------------------------------------------------------------------------ */
 
 static void gemm_case(size_t m, size_t n, size_t k, int f) {
@@ -555,6 +568,7 @@ static void each_isa(void (*test)(void), const char *name) {
 int main(void) {
   RUN(double_helpers);
   RUN(philox_known_answers);
+  RUN(normal_draws_keep_their_bits);
 #ifndef EXF_DOUBLE
   RUN(exp_within_two_ulp);
   RUN(tanh_within_two_ulp);
