@@ -119,7 +119,7 @@ def limit():
 def command(*words):
     """True when it ends with 0 within its processor time."""
     try:
-        return subprocess.run(words, stdout=subprocess.DEVNULL, timeout=30 * SECONDS,
+        return subprocess.run(words, stdout=subprocess.DEVNULL, timeout=3600,
                               stderr=subprocess.DEVNULL, preexec_fn=limit).returncode == 0
     except subprocess.TimeoutExpired:
         return False
@@ -138,6 +138,9 @@ def source_of(program):
     return f"{OUT}/tests/test_{program[1:]}.c"
 
 
+FIRST = {}   # program -> what it is without any change; with .o: without the header
+
+
 class Said:
     """What every program said of every header so far."""
     def __init__(self):
@@ -149,11 +152,14 @@ class Said:
                                                  + glob.glob(f"{OUT}/examples/*")))
         self.common = hashlib.sha256(tests + repr((CC, FLAGS, PLAIN, SECONDS)).encode())
 
-    def ask(self, program, header, ask):
-        """"fails", "passes", "same" code as the original's, or "broken": no code"""
+    def key(self, program, header):
         h = self.common.copy()
         h.update(header.encode() + program.encode() + read(source_of(program)))
-        key = h.hexdigest()
+        return h.hexdigest()
+
+    def ask(self, program, header, ask):
+        """"fails", "passes", "same" code as the original's, or "broken": no code"""
+        key = self.key(program, header)
         if key not in self.answers:
             self.answers[key] = ask(program)
             with open(self.path, "a", encoding="utf-8") as f:
@@ -167,7 +173,7 @@ def build(program):
     more = {"+": [], "!": PLAIN + ["-fsanitize=address"]}.get(kind, PLAIN)
     source = [source_of(program)]
     if kind == "-":
-        source = [f"{OUT}/{name}.o", f"{OUT}/impl.o"]
+        source = [f"{FIRST[program]}.o", f"{OUT}/impl.o"]
         if not os.path.exists(source[1]) and not command(
                 CC, *FLAGS, *more, "-c", f"{OUT}/impl.c", "-o", source[1]):
             return False
@@ -178,7 +184,7 @@ def ask(program):
     exe = exe_of(program)
     if not build(program):
         return "broken"
-    if read(exe) == read(f"{exe}.first"):
+    if read(exe) == read(FIRST[program]):
         return "same"
     return "passes" if command(exe) else "fails"
 
@@ -200,29 +206,30 @@ def noticed(said, programs, header):
 
 def first(program):
     """The same of the header as it is."""
-    return "passes" if command(f"{exe_of(program)}.first") else "fails"
+    return "passes" if command(FIRST[program]) else "fails"
 
 
 def prepare(lines, sections):
     """The folder OUT, with the programs as they are; they have to pass."""
     os.makedirs(f"{OUT}/tmp", exist_ok=True)
-    for path in glob.glob(f"{OUT}/*.o") + glob.glob(f"{OUT}/*.first"):
-        os.unlink(path)
     subprocess.run(["cp", "-r", "tests", "examples", OUT], check=True)
     with open(f"{OUT}/impl.c", "w", encoding="utf-8") as f:
         f.write('#define EXFUSION_IMPLEMENTATION\n#include "exfusion.h"\n')
     with open(f"{OUT}/exfusion.h", "w", encoding="utf-8") as f:
         f.write("\n".join(lines))
-    said = Said()
+    if os.path.exists(f"{OUT}/impl.o"):
+        os.unlink(f"{OUT}/impl.o")
+    said, header = Said(), "\n".join(lines)
     for program in sorted({p for name in sections for p in SECTIONS[name]}):
-        exe = exe_of(program)
-        if program[0] == "-" and not command(CC, *FLAGS, "-DTEST_LINKED", "-c",
-                                             source_of(program), "-o", f"{exe}.o"):
-            sys.exit(f"{source_of(program)} does not compile")
-        if not build(program):
-            sys.exit(f"{source_of(program)} does not compile")
-        os.rename(exe, f"{exe}.first")
-        if said.ask(program, "\n".join(lines), first) != "passes":
+        exe = FIRST[program] = f"{exe_of(program)}.{said.key(program, header)[:16]}"
+        if not os.path.exists(exe):
+            if program[0] == "-":
+                command(CC, *FLAGS, "-DTEST_LINKED", "-c", source_of(program), "-o",
+                        f"{exe}.o")
+            if not build(program):
+                sys.exit(f"{source_of(program)} does not compile")
+            os.rename(exe_of(program), exe)
+        if said.ask(program, header, first) != "passes":
             sys.exit(f"test_{program[1:]} fails without any change")
     return said
 
