@@ -408,11 +408,12 @@ static inline char *json_string(char *s) {
     if (*s != '\\') {
       *out++ = *s++;
     } else if (s[1] == 'u') {
-      char hex[5] = {0, 0, 0, 0, 0}, *end;
+      char hex[5] = {0, 0, 0, 0, 0};
       long code;
       strncpy(hex, s + 2, 4);
-      code = strtol(hex, &end, 16);
-      if (end != hex + 4 || code < 1 || code > 127) return NULL;
+      code = strtol(hex, NULL, 16);
+      if (strspn(hex, "0123456789abcdefABCDEF") != 4 || code < 1 || code > 127)
+        return NULL;
       *out++ = (char)code;
       s += 6;
     } else {

@@ -81,6 +81,9 @@ static void replay_seeds(int (*target)(const uint8_t *data, size_t n), const see
 }
 
 TEST(seeds_are_sound_or_not) {
+  static const char *const names[] = {"[\"a\"]", " [\"a\"]", "[]", "[\"a\"", "[\"a\",]",
+                                      "[\"\\u+041\"]", "[\"\\u 041\"]"};
+  static image_set set;
   size_t i;
   why w;
   program_begin(0);
@@ -93,6 +96,10 @@ TEST(seeds_are_sound_or_not) {
     picture p;
     const unsigned char *data = (const unsigned char *)pnm_seeds[i].data;
     CHECK(picture_decode(data, pnm_seeds[i].n, &p, &w) == (i < SOUND_PNM));
+  }
+  for (i = 0; i < LENGTH(names); i++) {
+    memset(&set, 0, sizeof set);
+    CHECK(names_read(&set, names[i], 1) == (i == 0));
   }
   program_finish();
 }
