@@ -1111,6 +1111,29 @@ TEST(dropout_values) {
   exf_ctx_free(ctx);
 }
 
+/* Whole samples go or stay. */
+TEST(drop_path_values) {
+  enum { SAMPLES = 3000, REST = 6 };
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  exf_tensor *x = noise(ctx, exf_shape3(SAMPLES, 2, 3), 1, 1), *y;
+  size_t i, j, kept = 0;
+  CHECK(exf_drop_path(ctx, x, 0.25) == x);     /* evaluation */
+  exf_training_set(ctx, 1);
+  CHECK(exf_drop_path(ctx, x, 0) == x);
+  y = exf_drop_path(ctx, x, 0.25);
+  if (!CHECK(x && y && y->size == x->size)) return;
+  for (i = 0; i < SAMPLES; i++) {
+    int stays = y->data[i * REST] != 0;
+    kept += (size_t)stays;
+    for (j = i * REST; j < (i + 1) * REST; j++)
+      CHECK_NEAR(y->data[j], stays ? (double)x->data[j] / 0.75 : 0, 1e-5);
+  }
+  CHECK_NEAR((double)kept / SAMPLES, 0.75, 0.04);
+  CHECK(exf_drop_path(ctx, x, 1.5) == NULL);
+  CHECK_ERR(ctx, EXF_ARG, "dropout");
+  exf_ctx_free(ctx);
+}
+
 int main(void) {
   size_t i;
   for (i = 0; i < N_OPS; i++) {
@@ -1143,5 +1166,6 @@ int main(void) {
   RUN(layout_and_reduction_values);
   RUN(fuse_values);
   RUN(dropout_values);
+  RUN(drop_path_values);
   TEST_MAIN_END;
 }
