@@ -648,6 +648,45 @@ TEST(shared_moments_come_close_for_dw_and_mb) {
   CHECK(mb > 0.0 && mb < 0.05);
 }
 
+/* What one thread does at once, several do in pieces. */
+TEST(updates_in_pieces_are_those_of_the_whole) {
+  enum { SIZE = 40, ALL = 3 * SIZE };
+  static const size_t cut[4] = {0, 16, 32, SIZE};
+  static const exf_real scale[3] = {1, -1, 1};
+  exf_real x[2][3][ALL], g[SIZE];      /* whole or in pieces; p, m, v */
+  int kind, k, pieces;
+  for (kind = 0; kind < 3; kind++) {   /* SGD, AdamW, AdamW with shared moments */
+    for (k = 0; k < ALL * 3; k++)
+      x[0][k / ALL][k % ALL] = x[1][k / ALL][k % ALL] =
+          exf_rng_uniform(1, 1, 1, (uint64_t)k);
+    for (k = 0; k < SIZE; k++) g[k] = exf_rng_normal(1, 1, 2, (uint64_t)k);
+    for (pieces = 0; pieces < 2; pieces++) {
+      exf_param p;
+      exf__update u;
+      memset(&p, 0, sizeof p);
+      memset(&u, 0, sizeof u);
+      p.t.data = x[pieces][0];
+      p.t.grad = g;
+      p.m = x[pieces][1];
+      p.v = kind > 0 ? x[pieces][2] : NULL;
+      u.k = &exf__kernels_ref;
+      u.p = &p;
+      u.n_experts = 3;
+      u.stride = SIZE;
+      u.scale = scale;
+      u.shared = kind == 2;
+      u.adamw.clip = u.adamw.decay = u.adamw.inv_sqrt_bias2 = 1;
+      u.adamw.beta1 = u.adamw.one_minus_beta1 = u.adamw.beta2 = 0.5;
+      u.adamw.one_minus_beta2 = u.adamw.step = u.adamw.eps = 0.5;
+      u.lr = u.momentum = 0.5;
+      if (!pieces) exf__update_job(&u, 0, SIZE, NULL);
+      for (k = 0; pieces && k < 3; k++) exf__update_job(&u, cut[k], cut[k + 1], NULL);
+    }
+    CHECK(memcmp(x[0], x[1], sizeof x[0]) == 0);
+    CHECK(x[0][0][ALL - 1] != exf_rng_uniform(1, 1, 1, ALL - 1));
+  }
+}
+
 /* In this build files hold F64, and every bit of it. */
 TEST(doubles_survive_a_file) {
   static const exf_real x[4] = {1.0 / 3, -1e300, 4.9e-324, 0.1};
@@ -685,6 +724,7 @@ int main(void) {
   RUN(lean_sw_is_sw);
   RUN(shared_moments_are_exact_for_sw);
   RUN(shared_moments_come_close_for_dw_and_mb);
+  RUN(updates_in_pieces_are_those_of_the_whole);
   RUN(doubles_survive_a_file);
   TEST_MAIN_END;
 }

@@ -264,6 +264,22 @@ static exf_real *fused_copy(const exf_tensor *e, const double *a, size_t n_exper
   return out;
 }
 
+/* Axes of more than 16 bits come out of a merge as they are. */
+TEST(wide_layers_are_merged) {
+  enum { WIDE = 70000 };
+  lone l = lone_new(3, 1, WIDE, 0, tiny_variant(1, 2));
+  exf_st *st;
+  const exf_st_entry *up, *down;
+  CHECK(exf_model_save(l.model, MERGED, NULL, 0) == EXF_OK);
+  st = exf_st_open(l.ctx, MERGED, NULL);
+  up = exf_st_find(st, "mlp.c_fc.weight");
+  down = exf_st_find(st, "mlp.c_proj.weight");
+  CHECK(up && up->n_dims == 2 && up->dim[0] == WIDE && up->dim[1] == 1);
+  CHECK(down && down->n_dims == 2 && down->dim[0] == 1 && down->dim[1] == WIDE);
+  exf_st_close(st);
+  lone_free(&l);
+}
+
 #define W1 "mlp.c_fc.weight"
 #define E1 "mlp.experts.c_fc.weight"
 #define E2 "mlp.experts.c_proj.weight"
@@ -933,6 +949,7 @@ int main(void) {
   RUN(merge_changes_no_bit_with_swiglu);
   RUN(merged_file_of_another_geometry_is_refused);
   RUN(upcycling_keeps_what_was_loaded);
+  RUN(wide_layers_are_merged);
   RUN(upcycling_from_scratch);
   RUN(zerosum_keeps_the_function);
   RUN(zerosum_spread_scales_the_differences);
