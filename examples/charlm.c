@@ -226,7 +226,7 @@ static exf_st *train_geometry(charlm *c) {
   int n = c->r.n_flags;
   if (*c->init && !s->resume) {
     st = open_tensors(c->r.ctx, c->init);
-    geometry_read(st, c->init, s->heads, g, &c->vocab);
+    geometry_read(st, c->init, (size_t)s->heads, g, &c->vocab);
     config = exf_st_meta(st, "exf.config");
     if (!config || !strstr(config, "\"n_head\""))
       log_line(&s->quiet, "notice: the file does not say n_head: --heads is taken");
@@ -239,10 +239,10 @@ static exf_st *train_geometry(charlm *c) {
   if (s->width % s->heads)
     fail(2, "--heads %s does not divide --width %s: every head takes an equal part",
          commas(s->heads), commas(s->width));
-  g->n_layers = s->layers;
-  g->n_heads = s->heads;
-  g->width = s->width;
-  g->block = c->block;
+  g->n_layers = (size_t)s->layers;
+  g->n_heads = (size_t)s->heads;
+  g->width = (size_t)s->width;
+  g->block = (size_t)c->block;
   g->bias = (size_t)c->bias;
   g->dropout = s->dropout;
   return st;

@@ -111,7 +111,7 @@ static inline void text_free(text *t) {
 }
 
 /* 1234567 as "1,234,567"; each of four calls in a row has its own buffer. */
-static inline const char *commas(size_t n) {
+static inline const char *commas(uint64_t n) {
   static char buffers[4][32];
   static int next;
   char digits[24], *out = buffers[next = (next + 1) % 4];
