@@ -5,18 +5,23 @@
 # first row with the same kind of bits:
 #   fma     fused multiply-adds: one value on every platform
 #   nofma   SSE2 kernels, which have none: another value
+#   files   the models that 50 steps of each example write: one value on every platform
 #   double  EXF_DOUBLE, which uses libm: the checks alone
 #   own     arithmetic that the manual excludes (x87, fast-math, Clang contracting): the
 #           checks alone
 #     sh tests/matrix.sh [PATTERN]     from the top folder; only rows that match (grep -E)
-# One process at a time.
+# One process at a time. It may be stopped and called again: programs and passes are kept
+# until a source changes.
 dir=build/matrix
-rm -rf $dir
-mkdir -p $dir
+sources=$(cat exfusion.h tests/*.h tests/golden_hash.c examples/*.[ch] | cksum)
+if [ "$(cat $dir/sources 2> /dev/null)" != "$sources" ]; then rm -rf $dir; fi
+mkdir -p $dir/passed
+echo "$sources" > $dir/sources
+rm -f $dir/fma $dir/nofma $dir/files
 only=${1:-.}
 here=$(pwd)
 src=tests/golden_hash.c
-warn="-Wall -Wextra -Werror"
+warn="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wundef -Werror"
 tmp="-DTEST_TMP='\"$dir\"'"
 n=0 pass=0 fail=0 skipped=0 suffix=
 
@@ -36,32 +41,42 @@ row() {
     if ! have "$tool"; then skip "$tool is not installed"; return; fi
   done
   exe=$here/$dir/$(printf '%s' "$compile" | cksum | cut -d' ' -f1)$suffix
+  result=$dir/passed/$(printf '%s' "$name $bits $compile $run" | cksum | cut -d' ' -f1)
   export exe
-  if [ ! -e "$exe" ]; then
-    sh -c "$compile" > $dir/out 2>&1 || { wrong "does not compile"; return; }
-    if [ -s $dir/out ]; then wrong "does not compile in silence"; return; fi
+  if [ -s $result ]; then
+    cp $result $dir/out
+    status=0
+  else
+    if [ ! -e "$exe.done" ]; then
+      sh -c "$compile" > $dir/out 2>&1 || { wrong "does not compile"; return; }
+      if [ -s $dir/out ]; then wrong "does not compile in silence"; return; fi
+      : > "$exe.done"
+    fi
+    sh -c "$run" > $dir/out 2>&1
+    status=$?
   fi
-  sh -c "$run" > $dir/out 2>&1
-  status=$?
   hash=$(tr -d '\r' < $dir/out | tail -n 1)
   isa=${hash#* }
   hash=${hash%% *}
   if [ $status = 2 ]; then skip "$isa"; return; fi
   if [ $status != 0 ] || [ ${#hash} != 64 ]; then wrong "status $status"; return; fi
   case $bits in
-    fma | nofma)
+    fma | nofma | files)
       if [ ! -s $dir/$bits ]; then echo "$hash" > $dir/$bits; fi
       if [ "$hash" != "$(head -n 1 $dir/$bits)" ]; then wrong "other bits"; return; fi
       echo "$hash" >> $dir/$bits ;;
   esac
   pass=$((pass + 1))
+  cp $dir/out $result
   say "pass    $isa"
 }
 
 # one NAME BITS "COMPILER FLAGS" [ARGUMENTS [RUNNER]]: the program as one unit
 one() {
   name=$1 bits=$2 runner=${5:-}
+  flags="$warn -Wvla -Wstrict-prototypes -Wmissing-prototypes"
   case $3 in
+    *++*) flags=$warn ;;
     x86_64-w64-mingw32*) suffix=.exe ;;
     emcc*) suffix=.js ;;
     *) suffix= ;;
@@ -72,7 +87,7 @@ one() {
     skip "this compiler lacks headers or libraries for it"
     return
   fi
-  row "$1" "$2" "${3%% *} ${runner%% *}" "$3 $warn $tmp $src -o \$exe -lm" \
+  row "$1" "$2" "${3%% *} ${runner%% *}" "$3 $flags $tmp $src -o \$exe -lm" \
     "$runner \$exe ${4:-}"
   suffix=
 }
@@ -83,10 +98,36 @@ link() {
   case $2 in *++) impl="-std=c++11 $dir/impl.cpp" ;; esac
   case $3 in *++) user="-std=c++11 -Itests $dir/user.cpp" ;; esac
   object=$dir/impl-$2.o
-  row "$1" fma "$2 $3" "{ [ -f $object ] || $2 -O1 $warn -c $impl -o $object; } \
-    && $3 -O1 $warn $tmp -DTEST_LINKED $user $object -o \$exe -lm" "\$exe"
+  row "$1" fma "$2 $3" "{ [ -f $object ] || $2 -O0 $warn -c $impl -o $object; } \
+    && $3 -O0 $warn $tmp -DTEST_LINKED $user $object -o \$exe -lm" "\$exe"
 }
 
+# examples NAME "COMPILER FLAGS" [FLAGS OF THE EXAMPLES [RUNNER [SUFFIX]]]
+examples() {
+  row "examples, $1" files "${2%% *} ${4%% *} sha256sum" \
+    "$2 $warn -c $dir/impl.c -o \$exe.o || exit; for e in charlm vit; do \
+    $2 $warn -DEXF__IMPLEMENTED examples/\$e.c \$exe.o -o \$exe-\$e${5:-} -lm \
+    || exit; done" \
+    "sh $dir/examples.sh '${4:-}' '${5:-}' ${3:-}"
+}
+
+head -c 4000 exfusion.h > $dir/text
+cat > $dir/examples.sh <<'END'
+runner=$1 suffix=$2
+shift 2
+for run in charlm:text:dense charlm:text:mb vit:generated:dense vit:generated:mb; do
+  e=${run%%:*} ffn=${run##*:} data=${run#*:}
+  data=${data%:*}
+  if [ $data = text ]; then data=build/matrix/text; fi
+  case $e in charlm) size="--block 16" ;; vit) size="--patch 7" ;; esac
+  rm -rf build/matrix/$e-$ffn
+  $runner $exe-$e$suffix train --quiet --quick --data $data --ffn $ffn --layers 2 \
+    --width 24 --heads 2 --batch 3 $size --steps 50 --eval-every 0 --save-every 0 \
+    --out build/matrix/$e-$ffn "$@" 2>&1 || exit
+  files="$files build/matrix/$e-$ffn/model.safetensors"
+done
+echo "$(cat $files | sha256sum | cut -d' ' -f1) 4 models"
+END
 cat > $dir/probe.c <<'END'
 #include <math.h>
 #include <stdio.h>
@@ -124,11 +165,11 @@ one "clang -ffp-contract=fast" own "clang $fused=fast"
 
 # ---- C and C++ standards
 for std in c99 c11 c17 gnu17; do
-  for cc in gcc clang; do one "$cc -std=$std" fma "$cc -std=$std -O1"; done
+  for cc in gcc clang; do one "$cc -std=$std" fma "$cc -std=$std -O0"; done
 done
 for std in c++11 c++17 c++20; do
   for cxx in g++ clang++; do
-    one "$cxx -std=$std" fma "$cxx -std=$std -O1 -x c++" ""
+    one "$cxx -std=$std" fma "$cxx -std=$std -O0 -x c++"
   done
 done
 
@@ -139,13 +180,13 @@ for cc in gcc clang; do
   link "two units, $cc and $other" $cc $other
   link "two units, $cc and $cxx" $cc $cxx
   link "two units, $cxx" $cxx $cxx
-  row "EXF_STATIC in two files, $cc" fma $cc "$cc -std=c99 -O1 $warn $tmp -DEXF_STATIC \
+  row "EXF_STATIC in two files, $cc" fma $cc "$cc -std=c99 -O0 $warn $tmp -DEXF_STATIC \
     $src $dir/static.c -o \$exe -lm" "\$exe"
 done
 api="-fvisibility=hidden '-DEXF_API=__attribute__((visibility(\"default\")))'"
-row "shared library" fma gcc "gcc -std=c99 -O1 $warn -fPIC $api -shared $dir/impl.c \
+row "shared library" fma gcc "gcc -std=c99 -O0 $warn -fPIC $api -shared $dir/impl.c \
   -o \$exe.so -lm \
-  && gcc -std=c99 -O1 $warn $tmp -DTEST_LINKED $src \$exe.so -o \$exe -lm" "\$exe"
+  && gcc -std=c99 -O0 $warn $tmp -DTEST_LINKED $src \$exe.so -o \$exe -lm" "\$exe"
 
 # ---- instruction sets and threads
 for cc in gcc clang; do
@@ -164,19 +205,19 @@ one "a processor without AVX2" nofma "gcc -std=c99 -O1 -static" "" \
   "qemu-x86_64 -cpu qemu64"
 
 # ---- options
-o="gcc -std=c99 -O1"
-one "EXF_NO_SIMD, gcc" fma "$o -DEXF_NO_SIMD"
+o="gcc -std=c99 -O0"
+one "EXF_NO_SIMD, gcc" fma "gcc -std=c99 -O1 -DEXF_NO_SIMD"
 one "EXF_NO_SIMD, clang" fma "clang -std=c99 -O2 -DEXF_NO_SIMD"
 one "EXF_NO_OPENMP" fma "$o -fopenmp -DEXF_NO_OPENMP" threads=4
 one "EXF_NO_STDIO" fma "$o -DEXF_NO_STDIO"
 one "EXF_ALLOW_FAST_MATH, no -ffast-math" fma "$o -DEXF_ALLOW_FAST_MATH"
 one "EXF_ALLOW_FAST_MATH, -ffast-math" own \
   "gcc -std=c99 -O2 -DEXF_ALLOW_FAST_MATH -ffast-math"
-one "EXF_DOUBLE, gcc" double "$o -DEXF_DOUBLE"
+one "EXF_DOUBLE, gcc" double "gcc -std=c99 -O1 -DEXF_DOUBLE"
 one "EXF_DOUBLE, clang" double "clang -std=c99 -O1 -DEXF_DOUBLE"
 row "EXF_HEADER_NAME" fma gcc "$o $warn $tmp '-DEXF_HEADER_NAME=\"other_name.h\"' \
   -Itests $dir/renamed.c -o \$exe -lm" "\$exe"
-all="-fopenmp -DEXF_NO_SIMD -DEXF_NO_OPENMP -DEXF_NO_STDIO -DEXF_ALLOW_FAST_MATH \
+all="-O1 -fopenmp -DEXF_NO_SIMD -DEXF_NO_OPENMP -DEXF_NO_STDIO -DEXF_ALLOW_FAST_MATH \
 -DEXF_STATIC"
 one "all options but EXF_DOUBLE" fma "$o $all"
 one "all options" double "$o $all -DEXF_DOUBLE"
@@ -233,14 +274,36 @@ for o in "-std=c99 -O0" "-std=c99 -O2" "-std=gnu17 -O2"; do
 done
 one "mingw-w64, ref" fma "x86_64-w64-mingw32-gcc -std=c99 -O2" ref $wine
 one "mingw-w64, sse2" nofma "x86_64-w64-mingw32-gcc -std=c99 -O2" sse2 $wine
-wasm="emcc -std=c99 -s WASM_ASYNC_COMPILATION=0 -s ALLOW_MEMORY_GROWTH=1"
+wasm="emcc -std=c99 -s WASM_ASYNC_COMPILATION=0 -s ALLOW_MEMORY_GROWTH=1 -s NODERAWFS=1"
+NODE_PATH=${NODE_PATH:-/usr/share/nodejs}   # modules of emcc, for a node from elsewhere
+export NODE_PATH
 for o in -O1 -O2; do one "emscripten $o" fma "$wasm $o" "" node; done
 one "musl" fma "musl-gcc -std=c99 -O1"
 one "musl, static, ref" fma "musl-gcc -static -std=c99 -O2" ref
 one "tcc" fma tcc
 
+# ---- the examples
+for cc in gcc clang; do
+  for o in -O0 -O2 -O3; do examples "$cc $o" "$cc -std=c99 $o"; done
+done
+for isa in ref avx2 avx512; do
+  examples "gcc -O2, $isa" "gcc -std=c99 -O2" "--isa $isa"
+done
+for t in 1 2 3 8; do
+  examples "gcc -O2 -fopenmp, $t threads" "gcc -std=c99 -O2 -fopenmp" "--threads $t"
+done
+examples "clang -m32" "clang -isystem $headers -m32 -msse2 -mfpmath=sse -std=c99 -O1"
+examples "aarch64 -O2" "$arm64 -O2" "" qemu-aarch64
+examples "aarch64, ref" "$arm64 -O2" "--isa ref" qemu-aarch64
+examples "aarch64, clang" "clang --target=aarch64-linux-gnu -static -std=c99 -O2" "" \
+  qemu-aarch64
+examples "armv7 with vfpv4" "$arm -O1 -mfpu=neon-vfpv4" "" qemu-arm
+examples "s390x (big-endian)" "s390x-linux-gnu-gcc -static -std=c99 -O1" "" qemu-s390x
+examples "mingw-w64" "x86_64-w64-mingw32-gcc -std=c99 -O2" "" $wine .exe
+examples "musl" "musl-gcc -std=c99 -O2"
+
 echo
-for bits in fma nofma; do
+for bits in fma nofma files; do
   if [ -s $dir/$bits ]; then
     echo "$bits: $(head -n 1 $dir/$bits) in $(($(wc -l < $dir/$bits) - 1)) rows"
   fi
