@@ -182,8 +182,10 @@ differential: build/tests/test_malicious
 # ROWS: a pattern of rows.
 matrix:
 	@sh tests/matrix.sh "$(ROWS)"
-print-linked:
-	@echo $(notdir $(LINKED))
+print-doubles:
+	@echo $(notdir $(DOUBLES))
+print-stb:
+	@echo $(STB_FLAGS)
 
 # All test programs under ASan with LSan, UBSan, MSan and TSan, without OpenMP; the quick
 # ones under valgrind. No suppressions.
@@ -233,5 +235,5 @@ help:
 	@echo 'Variables: CC CXX CFLAGS PREFIX DESTDIR JOBS STB PYTHON'
 
 .PHONY: all demo demo-vit test quality quality-vit bench bench-torch interop fuzz \
-  torture differential matrix print-linked sanitize analyze coverage mutate clean \
-  install help
+  torture differential matrix print-doubles print-stb sanitize analyze coverage \
+  mutate clean install help

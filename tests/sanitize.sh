@@ -1,12 +1,21 @@
 #!/bin/sh
-# All test programs, golden_hash and a whole run of charlm under the sanitizers of Clang,
-# built without OpenMP, whose threads TSan does not know; the quick ones under valgrind.
-# A finding ends a program. There are no suppressions.
-#     sh tests/sanitize.sh [address|undefined|memory|thread|valgrind]...
+# All test programs, golden_hash and whole runs of the examples under the sanitizers of
+# Clang, built without OpenMP, whose threads TSan does not know; the quick ones under
+# valgrind. A finding ends a program. There are no suppressions.
+#     sh tests/sanitize.sh [TOOL]... [PROGRAM]...
+# TOOL: address (with leaks and undefined behaviour), memory, thread, valgrind.
 dir=build/sanitize
 mkdir -p $dir build/tmp build/tests
 passed=0 failed=0
-cc="${SANITIZE_CC:-clang} -std=c99 -O1 -g -fno-omit-frame-pointer"
+cc="${SANITIZE_CC:-clang} -std=c99 -O1 -g1 -fno-omit-frame-pointer"
+stb=$(make -s print-stb)
+tools= only=
+for word in "$@"; do
+  case $word in
+    address | memory | thread | valgrind) tools="$tools $word" ;;
+    *) only="$only $word" ;;
+  esac
+done
 
 # The tests ask for impossible amounts of memory, which malloc is to refuse.
 ASAN_OPTIONS=allocator_may_return_null=1:detect_stack_use_after_return=1
@@ -17,10 +26,9 @@ export ASAN_OPTIONS MSAN_OPTIONS TSAN_OPTIONS UBSAN_OPTIONS
 
 flags_of() {
   case $1 in
-    address) echo "-fsanitize=address" ;;
-    undefined) echo "-fsanitize=undefined,float-cast-overflow" \
+    address) echo "-fsanitize=address,undefined,float-cast-overflow" \
       "-fno-sanitize-recover=all" ;;
-    memory) echo "-fsanitize=memory -fsanitize-memory-track-origins" ;;
+    memory) echo "-fsanitize=memory" ;;
     thread) echo "-fsanitize=thread" ;;
     valgrind) echo "-gdwarf-4" ;;  # the newest that it reads
   esac
@@ -38,21 +46,47 @@ report() {
   fi
 }
 
-run() {   # run NAME COMMAND...
-  name=$1
+run() {   # run TITLE COMMAND...
+  title=$1
   shift
   "$@" > $dir/log 2>&1 < /dev/null
-  report "$name" $?
+  report "$title" $?
 }
 
-build() {   # build SOURCE FLAGS...
-  source=$1
-  exe=$dir/$(basename "$source" .c)
-  shift
-  if ! $cc -pthread "$@" "$source" $objects -o "$exe" -lm > $dir/log 2>&1; then
-    report "$source" "it does not compile"
-    return 1
+# build NAME SOURCE FLAGS...: a program. What uses the public functions alone is linked to
+# the implementation, or to that of doubles. Fails when the program is not asked for.
+build() {
+  name=$1 source=$2 object=$dir/impl.o
+  shift 2
+  case " ${only:-$name} " in *" $name "*) ;; *) return 1 ;; esac
+  case $name in
+    test_faults | test_kernels | test_ops | test_ops_double | test_safetensors) object= ;;
+    test_algebra | *_double) object=$dir/double.o; set -- "$@" -DEXF_DOUBLE ;;
+    test_images | test_vit_golden) set -- "$@" ${stb:+"$stb"} ;;
+  esac
+  if [ $object ]; then
+    if [ ! -f $object ]; then $cc $flags "$@" -c $dir/impl.c -o $object || exit 1; fi
+    set -- "$@" -DEXF__IMPLEMENTED
   fi
+  $cc $flags -pthread "$@" "$source" $object -o $dir/$name -lm > $dir/log 2>&1 && return
+  report "$name" "it does not compile"
+  return 1
+}
+
+test_program() {   # test_program NAME SOURCE FLAGS...
+  if build "$@" '-DTEST_TMP="build/tmp"'; then run "$name" $runner $dir/$name; fi
+}
+
+# example NAME FLAGS...: trains, and does what can be done with the model
+example() {
+  build "$1" examples/$1.c || return
+  shift
+  rm -rf $dir/run
+  run "$name train" $runner $dir/$name train --quick --steps 20 --out $dir/run "$@"
+  run "$name eval" $runner $dir/$name eval $dir/run
+  run "$name info" $runner $dir/$name info $dir/run/model.safetensors
+  if [ $name != charlm ]; then return; fi
+  run "charlm sample" $runner $dir/charlm sample $dir/run -n 60
 }
 
 # Addresses must not be random for TSan and MSan of some versions.
@@ -60,41 +94,34 @@ still=
 if setarch -R true 2> /dev/null; then still="setarch -R"; fi
 printf '#define EXFUSION_IMPLEMENTATION\n#include "../../exfusion.h"\n' > $dir/impl.c
 echo 'int main(void) { return 0; }' > $dir/probe.c
-# Tests of the public functions share one compiled implementation, as in the Makefile.
-linked="$(make -s print-linked) golden_hash"
-for tool in ${*:-address undefined memory thread valgrind}; do
+for tool in ${tools:-address memory thread valgrind}; do
   flags=$(flags_of $tool)
-  objects=
-  if ! build $dir/probe.c $flags > /dev/null 2>&1 || ! $still $dir/probe; then
+  if ! $cc $flags $dir/probe.c -o $dir/probe > /dev/null 2>&1 || ! $still $dir/probe; then
     echo "skipped $tool: $cc $flags does not work here"
-    failed=0
     continue
   fi
   if [ $tool = valgrind ] && ! command -v valgrind > /dev/null; then
     echo "skipped valgrind: not installed"
     continue
   fi
-  $cc $flags -c $dir/impl.c -o $dir/impl.o || exit 1
-  runner=$still programs="$(ls tests/test_*.c) tests/golden_hash.c"
+  rm -f $dir/impl.o $dir/double.o
+  runner=$still
   if [ $tool = valgrind ]; then
     runner="valgrind -q --error-exitcode=9 --leak-check=full"
-    programs="tests/test_core.c tests/golden_hash.c examples/hello.c"
+    for name in test_core test_optim golden_hash; do
+      test_program $name tests/$name.c
+    done
+    test_program hello examples/hello.c
+    continue
   fi
-  for source in $programs; do
-    objects= define=-DTEST_SANITIZE
-    case " $linked " in
-      *" $(basename "$source" .c) "*) objects=$dir/impl.o define=-DTEST_LINKED ;;
-    esac
-    build "$source" $flags $define '-DTEST_TMP="build/tmp"' || continue
-    run "$(basename "$source" .c)" $runner "$exe"
+  for source in tests/test_*.c tests/golden_hash.c; do
+    test_program "$(basename "$source" .c)" "$source"
   done
-  objects=
-  if [ $tool != valgrind ] && build examples/charlm.c $flags; then
-    run "charlm train" $runner "$exe" train --quick --steps 40 --out $dir/run
-    run "charlm sample" $runner "$exe" sample $dir/run -n 60
-    run "charlm eval" $runner "$exe" eval $dir/run
-    run "charlm info" $runner "$exe" info $dir/run/model.safetensors
-  fi
+  for name in $(make -s print-doubles); do
+    test_program "$name" "tests/${name%_double}.c" -DEXF_DOUBLE
+  done
+  example charlm
+  example vit --ema 0.9
 done
 echo "$passed passed, $failed failed"
 [ $failed = 0 ] && [ $passed -gt 0 ]
