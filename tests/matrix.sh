@@ -138,7 +138,6 @@ cat > $dir/impl.c <<'END'
 #include "../../exfusion.h"
 END
 cat > $dir/static.c <<'END'
-#define EXF_STATIC
 #define EXFUSION_IMPLEMENTATION
 #include "../../exfusion.h"
 exf_ctx *other_context(void);
