@@ -35,9 +35,9 @@ SECONDS = 15
 SECTIONS = {
     "kernels": ("-optim", "-exfusion", "*ops", "-golden", "+kernels"),
     "fast": ("+kernels",),
-    "optim_impl": ("-optim", "-exfusion", "*algebra", "-golden", "-resume"),
+    "optim_impl": ("-optim", "-exfusion", "*algebra", "-golden", "*faults", "-resume"),
     "schedule": ("-optim", "-exfusion"),
-    "merged": ("-optim", "-exfusion", "*algebra", "*faults"),
+    "merged": ("-optim", "-exfusion", "*algebra", "*faults", "!optim"),
     "files": ("*safetensors", "-power", "*faults"),
     "safetensors": ("*safetensors", "-malicious", "!safetensors"),
     "st-writer": ("*safetensors", "-power", "*faults", "!safetensors"),

@@ -834,6 +834,8 @@ TEST(notices_fire) {
   notices log;
   CHECK(notices_of(4, 1, EXF_UP_DEFAULT, EXF_ADAMW, &log) >= 1);
   CHECK_HAS(log.text, "one expert");
+  CHECK(notices_of(3, 1, EXF_UP_COPY, EXF_ADAMW, &log) == 1);   /* which says it all */
+  CHECK_HAS(log.text, "one expert");
   CHECK(notices_of(3, 4, EXF_UP_COPY, EXF_ADAMW, &log) >= 1);
   CHECK_HAS(log.text, "cop");
   CHECK_HAS(log.text, "notice: transformer.h.0.mlp (2 of 2 FFNs): ");

@@ -372,6 +372,7 @@ TEST(average_of_the_fused_parameters) {
   tiny_desc d = tiny_defaults(), plain;
   exf_optim *optim;
   exf_ema *ema, *again;
+  exf_param_desc more;
   tiny_gpt g, dense;
   exf_tensor *e, *w, *a, *out, *out_w;
   double want[32 * 16], wte[11 * 16];
@@ -417,6 +418,11 @@ TEST(average_of_the_fused_parameters) {
   CHECK(exf_ema_copy_to(again, dense.model) == EXF_OK);
   for (j = 0; j < n; j++) CHECK(memcmp(&first[j], &out->data[j], sizeof *first) == 0);
   CHECK_OK(ctx);
+  memset(&more, 0, sizeof more);                 /* a parameter it has not seen */
+  more.shape = exf_shape1(2);
+  CHECK(exf_param_new(g.model, "more", &more) != NULL);
+  CHECK(exf_ema_update(ema) == EXF_STATE);
+  CHECK_ERR(ctx, EXF_STATE, "ema: the parameters of the model changed at 'more'");
   exf_ema_free(again);
   exf_ema_free(ema);
   exf_optim_free(optim);

@@ -1447,6 +1447,10 @@ TEST(models_take_only_what_fits) {
     {"{" F32("w", "[2]", "[0,8]") "," F32("x", "[0]", "[8,8]") "}", "holds 'x'"},
     {"{" F32("adamw.m.w", "[2]", "[8,16]") "," F32("w", "[2]", "[0,8]") "}",
      "holds 'adamw.m.w'"}};
+  static const char *const numbers[] = {
+    "{\"w\":{\"dtype\":\"F64\",\"shape\":[2],\"data_offsets\":[0,16]}}",
+    "{\"w\":{\"dtype\":\"F16\",\"shape\":[2],\"data_offsets\":[0,4]}}",
+    "{\"w\":{\"dtype\":\"BF16\",\"shape\":[2],\"data_offsets\":[0,4]}}"};
   exf_model *model = exf_model_new(ctx);
   exf_param_desc d;
   exf_ffn_desc f;
@@ -1472,6 +1476,16 @@ TEST(models_take_only_what_fits) {
   CHECK(exf_model_load(model, st) == EXF_OK);
   CHECK(exf_st_read(ctx, exf_st_find(st, "w"), x, 2) == EXF_OK);
   CHECK(memcmp(x, w->data, sizeof x) == 0 && x[0] != x[1] && x[0] != 7);
+  for (i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
+    size_t trailing;
+    exf_st *other = open_json(numbers[i], 16, &trailing);
+    w->data[0] = w->data[1] = 7;
+    CHECK(exf_model_load(model, other) == EXF_OK);
+    CHECK_OK(ctx);
+    exf_error_clear(ctx);
+    CHECK(w->data[0] != 7 && w->data[1] != 7);
+    exf_st_close(other);
+  }
   f.width = 2;
   f.fusion.variant = EXF_SW;
   CHECK(exf_ffn_new(model, "ffn", &f) != NULL);
