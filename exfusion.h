@@ -2356,8 +2356,8 @@ EXF__INLINE void EXF__F(gemv)(const int nv, size_t k, const float *a, size_t a_c
    (the order of Goto and van de Geijn, "Anatomy of high-performance matrix
    multiplication", 2008). Scratch: both blocks, packed. Where packing would not pay they
    are read in place: b under few rows, a under few columns. While a block is multiplied
-   what follows it along k is fetched: a weight gradient over 6,400 rows, which come from memory,
-   gains a sixth. */
+   what follows it along k is fetched: a weight gradient over 6,400 rows, which come from
+   memory, gains a sixth. */
 EXF__TARGET static void EXF__F(gemm)(size_t m, size_t n, size_t k, const float *a,
                                      size_t a_row, size_t a_col, const float *b,
                                      size_t b_row, size_t b_col, float *c, size_t c_row,
