@@ -2469,6 +2469,8 @@ EXF__INLINE EXF__V EXF__F(exp)(EXF__V x) {
   x = EXF__MAXV(EXF__SET(-104.0f), EXF__MINV(EXF__SET(89.0f), x)); /* keeps NaN */
   n = EXF__F(reduce)(x, &r, &p);
   p = EXF__FMAV(EXF__FMAV(p, r, EXF__SET(1.0f)), r, EXF__SET(1.0f));
+  /* 0 by its bits: a product that underflows costs some processors 150 cycles. */
+  p = (EXF__V)((EXF__VU)p & ~(EXF__VU)(x == EXF__SET(-104.0f)));
   h = n >> 1;
   return p * EXF__F(pow2)(h) * EXF__F(pow2)(n - h);
 }

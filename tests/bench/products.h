@@ -10,24 +10,43 @@ typedef void sgemm_fn(int order, int ta, int tb, int m, int n, int k, float alph
                       float *c, int ldc);
 static sgemm_fn *openblas;
 
+/* Its name for the kernels it chose, or NULL */
+static const char *openblas_core(void *lib) {
+  char *(*core)(void);
+  void *f = dlsym(lib, "openblas_get_corename");
+  if (f == NULL) return NULL;
+  memcpy(&core, &f, sizeof f);
+  return core();
+}
+
 static void openblas_open(void) {
   static const char *const names[] = {"libopenblas.so.0", "libopenblas.so",
                                       "libopenblas.dylib"};
   void (*set_threads)(int);
-  char *(*core)(void);
+  const char *core = NULL;
+  limits l[4];
+  int n_isas = limits_list(l);
   void *lib = NULL, *f;
   size_t i;
-  for (i = 0; i < 3 && !lib; i++) lib = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+  for (i = 0; i < 3 && !lib; i++) {
+    lib = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+    if (!lib || !(core = openblas_core(lib)) || strcmp(core, "Prescott") != 0
+        || !n_isas || l[0].isa < EXF_ISA_AVX2)
+      continue;
+    /* A processor younger than this OpenBLAS, which falls back to SSE: help it. */
+    dlclose(lib);
+    setenv("OPENBLAS_CORETYPE", l[0].isa == EXF_ISA_AVX2 ? "Haswell" : "SkylakeX", 0);
+    lib = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+    core = lib ? openblas_core(lib) : NULL;
+  }
   if (lib && (f = dlsym(lib, "openblas_set_num_threads")) != NULL) {
     memcpy(&set_threads, &f, sizeof f);
     set_threads(bench.threads);
     f = dlsym(lib, "cblas_sgemm");
     memcpy(&openblas, &f, sizeof f);
   }
-  if (openblas && (f = dlsym(lib, "openblas_get_corename")) != NULL) {
-    memcpy(&core, &f, sizeof f);
-    printf("OpenBLAS   kernels for %s\n", core());
-  } else if (!openblas) printf("OpenBLAS   not found: no column for it\n");
+  if (!openblas) printf("OpenBLAS   not found: no column for it\n");
+  else if (core) printf("OpenBLAS   kernels for %s\n", core);
 }
 
 typedef struct product {
