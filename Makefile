@@ -141,15 +141,16 @@ torture: build/tests/torture build/tests/test_power
 	build/tests/torture $(KILLS)
 	build/tests/test_power $(STATES)
 
-# libFuzzer for SECONDS per target, with both sanitizers; what it finds stays in
+# libFuzzer for SECONDS per target of FUZZ, with both sanitizers; what it finds stays in
 # build/fuzz as crash-*. make build/fuzz/NAME-replay is the target with a plain main, for
 # a corpus or AFL++.
 FUZZ_CC ?= clang
-FUZZ = safetensors flags idx pnm api
+TARGETS = $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
+FUZZ = $(TARGETS)
 FUZZ_FLAGS = -O1 -g -DEXF_NO_SIMD $(WARN)
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all
 fuzz: build/tests/test_malicious build/tests/test_fuzz $(FUZZ:%=build/fuzz/%)
-	@for t in $(FUZZ); do mkdir -p build/fuzz/corpus/$$t build/fuzz/seeds/$$t; done
+	@mkdir -p $(TARGETS:%=build/fuzz/corpus/%) $(TARGETS:%=build/fuzz/seeds/%)
 	@build/tests/test_malicious --write build/fuzz/seeds/safetensors
 	@build/tests/test_fuzz --write build/fuzz/seeds
 	@for t in $(FUZZ); do echo "$$t:"; \

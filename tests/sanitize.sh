@@ -108,7 +108,7 @@ for tool in ${tools:-address memory thread valgrind}; do
   runner=$still
   if [ $tool = valgrind ]; then
     runner="valgrind -q --error-exitcode=9 --leak-check=full"
-    for name in test_core test_optim golden_hash; do
+    for name in test_golden test_malicious test_numbers test_optim golden_hash; do
       test_program $name tests/$name.c
     done
     test_program hello examples/hello.c
