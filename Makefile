@@ -36,7 +36,7 @@ TESTS = $(patsubst tests/%.c,build/tests/%,$(wildcard tests/test_*.c))
 # Tests of the public functions share one compiled implementation; the others, which look
 # behind them, include it. Some are built a second time with EXF_DOUBLE.
 LINKED = $(addprefix build/tests/, test_core test_exfusion test_fuzz test_golden \
-  test_images test_malicious test_numbers test_optim test_power test_resume \
+  test_images test_malicious test_misuse test_numbers test_optim test_power test_resume \
   test_vit_golden torture)
 DOUBLES = build/tests/test_ops_double build/tests/test_optim_double \
   build/tests/test_golden_double

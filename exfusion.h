@@ -317,11 +317,12 @@
    Model: parameters, their gradients and layers live until exf_model_free. A parameter's
    gradient counts from exf_backward to exf_optim_step, which uses it up; further
    backward passes before that add to it (gradient accumulation). exf_backward uses up
-   the tape: one call per graph.
+   the tape, and with it every graph recorded so far: one call per forward pass.
    Upcycling and merging an FFN end the life of its parameters: every exf_param and
-   exf_tensor pointer to them, their gradients and moments. exf_ffn, exf_block and all
-   other parameters stay. Make the optimizer anew: all its moments restart at zero. An
-   exf_ema goes on, as it averages dense shapes.
+   exf_tensor pointer to them, their gradients and moments, and graphs that hold them:
+   call exf_rewind first. exf_ffn, exf_block and all other parameters stay. Make the
+   optimizer anew: all its moments restart at zero. An exf_ema goes on, as it averages
+   dense shapes.
    Ids and labels are copied. An exf_custom_desc's user data must live until backward.
    Free optimizers, averages and caches before their model, everything before its context.
 
@@ -411,6 +412,7 @@
        F.router.weight, .bias         [N,d], [N]   mb
        F.bank                         [N]   mb: M
        metadata exf.updates           updates made, for Adam's bias correction
+       metadata exf.fusion            the FFNs, in order: 12 x dw softmax 4, 1 x dense
 
    Other metadata are the program's. charlm writes exf.version, exf.task, exf.seed,
    exf.step, exf.vocab (a JSON list of byte values) and exf.config: in a model its
@@ -518,8 +520,8 @@ typedef struct exf_desc {
   uint64_t seed;     /* key of every random number */
   int n_threads;     /* OpenMP threads; 0: as many as there are processors */
   exf_isa isa;       /* EXF_ISA_AUTO: the best this processor has */
-  void *(*alloc)(void *user, size_t bytes);     /* NULL: malloc */
-  void (*free)(void *user, void *block);        /* NULL: free */
+  void *(*alloc)(void *user, size_t bytes);     /* both or neither, NULL: */
+  void (*free)(void *user, void *block);        /* malloc and free */
   void *alloc_user;
   void (*log)(void *user, const char *line);    /* receives notices; NULL: none */
   void *log_user;
@@ -595,8 +597,10 @@ EXF_API exf_shape exf_shape5(size_t a, size_t b, size_t c, size_t d, size_t e);
    exf_rewind) or inside a parameter (lives as long as its model). */
 typedef struct exf_tensor {
   exf_real *data;            /* (shape) */
-  exf_real *grad;            /* (shape) of a leaf after exf_backward, else NULL; of the
-                                experts of an FFN: G (shape without the first axis) */
+  exf_real *grad;            /* (shape) after exf_backward; of the experts of an FFN: G
+                                (shape without the first axis). To be read: several
+                                tensors may share it. A parameter's counts until
+                                exf_optim_step or exf_model_zero_grad */
   exf_shape shape;
   size_t size;               /* number of elements */
   unsigned flags;            /* private, as all below */
@@ -652,7 +656,8 @@ EXF_API exf_tensor *exf_layernorm(exf_ctx *ctx, exf_tensor *x, exf_tensor *w,
 /* x / sqrt(mean x^2 + eps) w over the last axis; w (last) */
 EXF_API exf_tensor *exf_rmsnorm(exf_ctx *ctx, exf_tensor *x, exf_tensor *w, double eps);
 
-/* Rows of table (V,C) by ids (n0,n1), copied -> (n0,n1,C); n1 = 0: ids (n0) -> (n0,C) */
+/* Rows of table (V,C) by ids (n0,n1), copied -> (n0,n1,C); n1 = 0: ids (n0) -> (n0,C),
+   so that an empty batch of rows is (0,n1) */
 EXF_API exf_tensor *exf_embedding(exf_ctx *ctx, exf_tensor *table, const int32_t *ids,
                                   size_t n0, size_t n1);
 /* Training mode: zero with probability p, else x / (1 - p). Evaluation: x itself. */
@@ -704,9 +709,10 @@ EXF_API exf_tensor *exf_custom(exf_ctx *ctx, const exf_custom_desc *desc,
 
 /* ---- gradients -------------------------------------------------------- >>grad */
 
-/* Gradients of a scalar: added to what the leaves already hold (gradient accumulation).
-   A loss that is NaN or infinite is EXF_NUMERIC and names the op it came from. Uses up
-   the tape. */
+/* Gradients of a scalar: added to what the parameters already hold (gradient
+   accumulation). A loss that is NaN or infinite is EXF_NUMERIC and names the op it came
+   from. Uses up the tape, with all other graphs on it. A failure on the way drops all
+   gradients the models had gathered: begin the accumulation again. */
 EXF_API exf_status exf_backward(exf_ctx *ctx, exf_tensor *loss);
 
 /* ---- models: registries of parameters -------------------------------- >>model */
@@ -740,8 +746,8 @@ EXF_API const char *exf_param_name(const exf_param *param);
 EXF_API exf_tensor *exf_param_tensor(exf_param *param);
 EXF_API int exf_param_decays(const exf_param *param);
 EXF_API void exf_param_freeze(exf_param *param, int frozen); /* no gradient, no update */
-/* Trainable numbers: of the model as it is (experts, weights and router included, banks
-   not), and of the merged, dense model. */
+/* Numbers, frozen ones too: of the model as it is (experts, weights and router included,
+   banks not), and of the merged, dense model. */
 EXF_API size_t exf_model_count(const exf_model *model);
 EXF_API size_t exf_model_count_merged(const exf_model *model);
 EXF_API void exf_model_zero_grad(exf_model *model);  /* drops gathered gradients */
@@ -843,6 +849,7 @@ EXF_API exf_ffn *exf_ffn_new(exf_model *model, const char *name,
                              const exf_ffn_desc *desc);
 /* x (..,C) -> act(x W1^T + b1) W2^T + b2 (..,C) on the fused parameters */
 EXF_API exf_tensor *exf_ffn_forward(exf_ctx *ctx, const exf_ffn *ffn, exf_tensor *x);
+/* To sw, dw or mb; of dense FFNs: one with experts is to be merged first. */
 EXF_API exf_status exf_ffn_upcycle(exf_ffn *ffn, const exf_fusion_desc *desc);
 EXF_API exf_status exf_ffn_merge(exf_ffn *ffn);     /* for good; a dense FFN: nothing */
 EXF_API exf_status exf_model_upcycle(exf_model *model, const exf_fusion_desc *desc);
@@ -909,7 +916,7 @@ EXF_API exf_tensor *exf_attention_cached(exf_ctx *ctx, exf_tensor *qkv, size_t n
                                          exf_kv *kv, size_t layer);
 EXF_API exf_tensor *exf_block_cached(exf_ctx *ctx, const exf_block *block, exf_tensor *x,
                                      exf_kv *kv, size_t layer);
-EXF_API void exf_kv_advance(exf_kv *kv, size_t t);  /* after the last layer */
+EXF_API void exf_kv_advance(exf_kv *kv, size_t t);  /* after the last layer, by its t */
 
 /* ---- optimizers ------------------------------------------------------ >>optim */
 
@@ -930,8 +937,8 @@ typedef struct exf_optim_desc {
   int allow_nonfinite;   /* step even with NaN or infinity in the gradients */
 } exf_optim_desc;
 typedef struct exf_optim exf_optim;
-/* Allocates the moments. Make it anew after upcycling or merging; free it before the
-   model. */
+/* Allocates the moments: a model has one optimizer at a time. Free it and make it anew
+   after upcycling or merging; free it before the model. */
 EXF_API exf_optim *exf_optim_new(exf_model *model, const exf_optim_desc *desc);
 EXF_API void exf_optim_free(exf_optim *optim);
 /* Parameters for which select returns nonzero take lr times lr_scale and this decay; a
@@ -940,8 +947,8 @@ EXF_API exf_status exf_optim_group(exf_optim *optim,
                                    int (*select)(const exf_param *param, void *user),
                                    void *user, double lr_scale, double weight_decay);
 /* Norm -> clip by min(1, clip/(norm + 1e-6)) -> update -> banks M <- a. Uses up the
-   gradients. norm: before clipping; may be NULL. Non-finite gradients: EXF_NUMERIC,
-   nothing is changed. */
+   gradients. norm: before clipping, without frozen parameters; may be NULL. Non-finite
+   gradients: EXF_NUMERIC, nothing is changed. */
 EXF_API exf_status exf_optim_step(exf_optim *optim, double lr, double *norm);
 EXF_API uint64_t exf_optim_steps(const exf_optim *optim);    /* updates made */
 
@@ -1010,7 +1017,7 @@ EXF_API exf_status exf_st_save_memory(exf_ctx *ctx, const exf_st_item *items, si
                                       const exf_pair *meta, size_t n_meta,
                                       unsigned char **data, size_t *bytes);
 EXF_API void exf_st_free_memory(exf_ctx *ctx, unsigned char *data);
-/* Any file by the same temporary-and-rename way (a log, a configuration). */
+/* Any file by the way of all savers: written to path.tmp, flushed, renamed. */
 EXF_API exf_status exf_file_save(exf_ctx *ctx, const char *path, const void *data,
                                  size_t bytes);
 
@@ -1460,6 +1467,7 @@ static void exf__gemm_ref(size_t m, size_t n, size_t k, const exf_real *a, size_
 #define EXF__INV_SQRT_2PI EXF__R(0.39894228040143268)
 #define EXF__GELU_A EXF__R(0.79788456080286536)   /* sqrt(2/pi) */
 #define EXF__GELU_B EXF__R(0.035677408136300125)  /* 0.044715 sqrt(2/pi) */
+#define EXF__GELU_FAR EXF__R(1e6)  /* where u is times 0, and is not to be infinite */
 
 static exf_real exf__f_ref(int op, exf_real x) {
   exf_real h = EXF__R(0.5) * x;
@@ -1488,6 +1496,7 @@ static exf_real exf__df_ref(int op, exf_real x) {
       return EXF__FMA(x, u, t);
     case EXF__U_GELU_TANH: /* (1 + t)/2 + x/2 (1 - t^2) (A + 3 B x^2) */
       t = exf__tanh(x * EXF__FMA(EXF__GELU_B, x * x, EXF__GELU_A));
+      x = x > EXF__GELU_FAR ? EXF__GELU_FAR : x < -EXF__GELU_FAR ? -EXF__GELU_FAR : x;
       u = half * x * EXF__FMA(3 * EXF__GELU_B, x * x, EXF__GELU_A);
       return EXF__FMA(u, EXF__FMA(-t, t, one), EXF__FMA(half, t, half));
     default: /* s (1 + x (1 - s)), s = 1 / (1 + exp -x) */
@@ -2550,6 +2559,7 @@ EXF__INLINE EXF__V EXF__F(df)(const int op, EXF__V x) {
     case EXF__U_GELU_TANH:
       t = x * EXF__FMAV(EXF__SET(EXF__GELU_B), x * x, EXF__SET(EXF__GELU_A));
       t = EXF__F(tanh)(t);
+      x = EXF__MAXV(EXF__SET(-EXF__GELU_FAR), EXF__MINV(EXF__SET(EXF__GELU_FAR), x));
       u = half * x *
           EXF__FMAV(EXF__SET(3 * EXF__GELU_B), x * x, EXF__SET(EXF__GELU_A));
       return EXF__FMAV(u, EXF__FMAV(-t, t, one), EXF__FMAV(half, t, half));
@@ -3210,6 +3220,7 @@ struct exf_ctx {
   size_t arena_bytes;           /* held by all chunks */
   size_t arena_used;
   struct exf__node *tape;       /* the op recorded last */
+  uint64_t n_tapes;             /* used up so far */
   exf__gbuf *free_gbufs;
   void **scratch;               /* (n_threads) work space of the kernels */
   size_t scratch_bytes;         /* of each */
@@ -3767,6 +3778,8 @@ typedef struct exf__node {
   exf_tensor *in[EXF_MAX_INPUTS];
   exf_tensor *out;
   struct exf__node *prev;
+  uint64_t tape;               /* how many tapes were used up before this one */
+  int walked;                  /* by exf_backward */
   exf__args arg;
   void *saved;                 /* what forward leaves for backward */
 } exf__node;
@@ -4266,6 +4279,7 @@ static void exf__gemm_batch(exf_ctx *ctx, size_t batch, exf__gemm_work *w) {
   w->k = ctx->k;
   w->c_row = w->n;
   if (!w->m || !w->n) return;
+  if (batch == 0 && !w->c_batch && !w->acc) memset(w->c, 0, w->m * w->n * sizeof *w->c);
   if (batch == 1 || !w->c_batch) {
     for (i = 0; i < batch; i++)
       exf__gemm(ctx, w->m, w->n, w->depth, w->a + i * w->a_batch, w->a_row, w->a_col,
@@ -4940,15 +4954,22 @@ static int exf__leading_axes(const exf__node *n) {
   return axes == EXF_AXIS(k) - 1u && k < n->in[0]->shape.n ? k : 0;
 }
 
+/* Whether the summed axes are the last ones: runs of x */
+static int exf__trailing_axes(const exf__node *n) {
+  unsigned kept = (EXF_AXIS(n->in[0]->shape.n) - 1u) & ~exf__axes(n);
+  return (kept & (kept + 1u)) == 0;
+}
+
 static void exf__sum_forward(exf_ctx *ctx, exf__node *n) {
   const exf_tensor *x = n->in[0];
   exf_tensor *y = n->out;
   exf__reduce_walk w = exf__reduce_start(n);
   double s = exf__reduce_scale(n);
-  unsigned axes = exf__axes(n);
   size_t i;
-  if (axes == EXF_AXIS(x->shape.n) - 1u) {
-    y->data[0] = EXF__R(s * exf__sum_run(x->data, x->size));
+  if (y->size && exf__trailing_axes(n)) {
+    size_t run = x->size / y->size;
+    for (i = 0; i < y->size; i++)
+      y->data[i] = EXF__R(s * exf__sum_run(x->data + i * run, run));
     return;
   }
   if (x->size && exf__leading_axes(n)) {
@@ -5237,6 +5258,8 @@ static exf_tensor *exf__run(exf_ctx *ctx, int op, exf_tensor *const *in, int n_i
     node->out->flags |= EXF__NEEDS;
     node->out->node = node;
     node->prev = ctx->tape;
+    node->tape = ctx->n_tapes;
+    node->walked = 0;
     ctx->tape = node;
   }
   return node->out;
@@ -5247,6 +5270,11 @@ static int exf__finite(const exf_real *x, size_t n) {
   for (i = 0; i < n; i++)
     if (!(x[i] - x[i] == 0)) return 0;
   return 1;
+}
+
+static const char *exf__node_name(const exf__node *n) {
+  const char *own = n->op == EXF__OP_CUSTOM ? n->arg.custom.name : NULL;
+  return own ? own : exf__op_name(n->op);
 }
 
 /* The loss is not finite: the first op that made something not finite of finite inputs,
@@ -5263,8 +5291,41 @@ static void exf__blame(exf_ctx *ctx, const exf_tensor *loss) {
       name = guilty->in[i]->param->name;
   exf_fail(ctx, EXF_NUMERIC, "backward: the loss is %g; the first bad number came out of "
            "%s%s%s: lower the learning rate, clip, or check the input",
-           (double)loss->data[0], guilty ? exf__op_name(guilty->op) : "the input",
+           (double)loss->data[0], guilty ? exf__node_name(guilty) : "the input",
            name ? ", from parameter " : "", name ? name : "");
+}
+
+/* An input made before an earlier backward has no tape left to carry its gradient on. */
+static int exf__walkable(exf_ctx *ctx, const exf__node *n) {
+  int i;
+  for (i = 0; i < n->n_in; i++)
+    if (n->in[i]->node && n->in[i]->node->tape != n->tape
+        && (n->in[i]->flags & EXF__NEEDS)) {
+      exf_fail(ctx, EXF_STATE, "backward: input %d of %s comes from a graph that an "
+               "earlier call used up: run it again, or use exf_detach", i,
+               exf__node_name(n));
+      return 0;
+    }
+  return 1;
+}
+
+/* Leaves show their gradients; that of the result is given back. */
+static void exf__walked(exf_ctx *ctx, exf__node *n) {
+  int i;
+  n->walked = 1;
+  for (i = 0; i < n->n_in; i++)
+    if (!n->in[i]->node && !n->in[i]->param && n->in[i]->gbuf)
+      n->in[i]->grad = n->in[i]->gbuf->data;
+  if (n->out->flags & EXF__KEEP) n->out->grad = n->out->gbuf->data;
+  else exf__gbuf_drop(ctx, n->out);
+}
+
+/* A walk that failed leaves gradients that are not whole: models drop all of theirs. */
+static void exf__walk_undo(exf__node *tape) {
+  int i;
+  for (; tape; tape = tape->prev)
+    for (i = 0; tape->walked && i < tape->n_in; i++)
+      if (tape->in[i]->param) exf_model_zero_grad(tape->in[i]->param->model);
 }
 
 EXF_API exf_status exf_backward(exf_ctx *ctx, exf_tensor *loss) {
@@ -5278,27 +5339,24 @@ EXF_API exf_status exf_backward(exf_ctx *ctx, exf_tensor *loss) {
   if (!(loss->flags & EXF__NEEDS))
     return exf_fail(ctx, EXF_STATE, "backward: the loss depends on no parameter, or was "
                     "made in a no-grad scope");
-  if (loss->node && !ctx->tape)
-    return exf_fail(ctx, EXF_STATE, "backward: the tape is used up: one call per graph");
+  if (loss->node && loss->node->tape != ctx->n_tapes)
+    return exf_fail(ctx, EXF_STATE, "backward: the tape is used up: a call ends all "
+                    "graphs recorded before it; add losses up, or run forward again");
   if (!exf__finite(loss->data, 1)) {
     exf__blame(ctx, loss);
     return ctx->status;
   }
   if (!(seed = exf__grad(ctx, loss, &acc))) return ctx->status;
   seed[0] = acc ? seed[0] + 1 : 1;
+  if (!loss->node && !loss->param) loss->grad = seed;
   for (n = ctx->tape; n && ctx->status == EXF_OK; n = n->prev) {
     if (!n->out->gbuf) continue;
-    exf__op(n->op)->backward(ctx, n);
-    if (n->out->flags & EXF__KEEP) n->out->grad = n->out->gbuf->data;
-    else exf__gbuf_drop(ctx, n->out);
+    if (exf__walkable(ctx, n)) exf__op(n->op)->backward(ctx, n);
+    exf__walked(ctx, n);
   }
-  for (n = ctx->tape; n; n = n->prev) {
-    int i;
-    for (i = 0; i < n->n_in; i++)
-      if (!n->in[i]->node && !n->in[i]->param && n->in[i]->gbuf)
-        n->in[i]->grad = n->in[i]->gbuf->data;
-  }
+  if (ctx->status != EXF_OK) exf__walk_undo(ctx->tape);
   ctx->tape = NULL;
+  ctx->n_tapes++;
   return ctx->status;
 }
 
@@ -5421,11 +5479,14 @@ EXF_API exf_tensor *exf_embedding(exf_ctx *ctx, exf_tensor *table, const int32_t
   return exf__run(ctx, EXF__OP_EMBEDDING, &table, 1, &a);
 }
 
+static int exf__is_drop(exf_ctx *ctx, const char *what, double p) {
+  if (!(p >= 0 && p < 1))
+    exf_fail(ctx, EXF_ARG, "%s: probability %g must lie in [0, 1)", what, p);
+  return p >= 0 && p < 1;
+}
+
 EXF_API exf_tensor *exf_dropout(exf_ctx *ctx, exf_tensor *x, double p) {
-  if (!(p >= 0 && p < 1)) {
-    exf_fail(ctx, EXF_ARG, "dropout: probability %g must lie in [0, 1)", p);
-    return NULL;
-  }
+  if (!exf__is_drop(ctx, "dropout", p)) return NULL;
   if (p == 0 || !ctx || !ctx->training) return x;
   return exf__run1(ctx, EXF__OP_DROPOUT, x, p);
 }
@@ -5435,6 +5496,7 @@ EXF_API exf_tensor *exf_drop_path(exf_ctx *ctx, exf_tensor *x, double p) {
   exf_tensor *ones;
   exf_shape s = exf_shape0();
   int i;
+  if (!exf__is_drop(ctx, "drop_path", p)) return NULL;
   if (!ctx || !x || p == 0 || !ctx->training) return x;
   for (s.n = x->shape.n, i = 0; i < s.n; i++) s.dim[i] = i ? 1 : x->shape.dim[0];
   ones = exf_tensor_new(ctx, s, NULL);
@@ -5545,8 +5607,7 @@ typedef struct exf__owned {        /* a block that goes with the model */
 
 typedef struct exf__alias {
   struct exf__alias *next;
-  char *name;
-  exf_param *param;
+  char *name, *target;         /* the target by name: upcycling makes it anew */
 } exf__alias;
 
 struct exf_model {
@@ -5557,6 +5618,7 @@ struct exf_model {
   size_t n_ffns, ffn_room;
   exf__owned *owned;
   exf__alias *aliases;
+  exf_optim *optim;                /* whose moments the parameters hold, or NULL */
 };
 
 typedef char exf__name[256];
@@ -5634,7 +5696,13 @@ EXF_API exf_ctx *exf_model_ctx(const exf_model *model) {
 static exf_param *exf__param_make(exf_model *model, const char *name,
                                   const exf_param_desc *desc) {
   exf_ctx *ctx = model->ctx;
-  exf_param *p = (exf_param *)exf__calloc_n(ctx, 1, sizeof *p);
+  exf_param *p;
+  if (!(desc->init_std - desc->init_std == 0)) {
+    exf_fail(ctx, EXF_ARG, "param: '%.80s': init_std %g must be finite", name,
+             desc->init_std);
+    return NULL;
+  }
+  p = (exf_param *)exf__calloc_n(ctx, 1, sizeof *p);
   if (!p) return NULL;
   if (!exf__tensor_init(ctx, &p->t, &desc->shape)
       || !(p->t.data = (exf_real *)exf__alloc_n(ctx, p->t.size, sizeof(exf_real)))
@@ -5707,6 +5775,38 @@ static void *exf__model_undo(exf_model *model, const exf__mark *mark) {
   return NULL;
 }
 
+static size_t exf__utf8_valid(const char *text, size_t n);
+static int exf__is_moment(const char *name);
+static int exf__is_bank(const exf_ffn *f, const char *name);
+
+/* Why a file could not hold the name beside what it holds already; NULL: it can. */
+static const char *exf__name_clash(const exf_model *model, const char *name) {
+  const exf__alias *a;
+  size_t i;
+  if (!name || !*name) return "empty";
+  for (i = 0; name[i]; i++)
+    if ((unsigned char)name[i] < 32) return "not printable";
+  if (exf__utf8_valid(name, i) < i) return "not UTF-8";
+  if (exf__is_moment(name) || strcmp(name, "__metadata__") == 0) return "reserved";
+  for (i = 0; i < model->n_params; i++) {
+    const exf_param *p = model->params[i];
+    if (strcmp(p->name, name) == 0) return "already taken";
+    if (p->dense_name && strcmp(p->dense_name, name) == 0) return "that of experts";
+  }
+  for (a = model->aliases; a; a = a->next)
+    if (strcmp(a->name, name) == 0) return "that of an alias";
+  for (i = 0; i < model->n_ffns; i++)
+    if (exf__is_bank(model->ffns[i], name)) return "that of a bank";
+  return NULL;
+}
+
+static int exf__name_free(exf_model *model, const char *what, const char *name) {
+  const char *clash = exf__name_clash(model, name);
+  if (clash) exf_fail(model->ctx, EXF_ARG, "%s: the name '%.80s' is %s", what,
+                      name && strcmp(clash, "not printable") != 0 ? name : "", clash);
+  return clash == NULL;
+}
+
 EXF_API exf_tensor *exf_param_new(exf_model *model, const char *name,
                                   const exf_param_desc *desc) {
   exf_param *p;
@@ -5715,11 +5815,7 @@ EXF_API exf_tensor *exf_param_new(exf_model *model, const char *name,
     exf_fail(model->ctx, EXF_ARG, "param: the descriptor is NULL");
     return NULL;
   }
-  if (!name || !*name || exf_model_find(model, name)) {
-    exf_fail(model->ctx, EXF_ARG, "param: the name '%s' is %s", name ? name : "",
-             name && *name ? "already taken" : "empty");
-    return NULL;
-  }
+  if (!exf__name_free(model, "param", name)) return NULL;
   p = exf__param_make(model, name, desc);
   if (!p) return NULL;
   exf__param_draw(p, name, 0, 1, p->t.data, p->t.size);
@@ -5737,19 +5833,21 @@ EXF_API exf_status exf_param_alias(exf_model *model, const char *alias,
   exf_param *p;
   if (!model) return EXF_ARG;
   p = exf_model_find(model, name);
-  if (!p)
-    return exf_fail(model->ctx, EXF_ARG, "alias: no parameter '%s'", name ? name : "");
-  if (!alias || !*alias)
-    return exf_fail(model->ctx, EXF_ARG, "alias: the new name is empty");
+  if (!p || p->role != EXF__PLAIN)
+    return exf_fail(model->ctx, EXF_ARG, p ? "alias: '%s' belongs to experts"
+                                           : "alias: no parameter '%s'",
+                    name ? name : "");
+  if (!exf__name_free(model, "alias", alias)) return model->ctx->status;
   a = (exf__alias *)exf__model_alloc(model, sizeof *a);
   if (!a) return model->ctx->status;
   a->name = (char *)exf__model_alloc(model, strlen(alias) + 1);
-  if (!a->name) {
+  a->target = (char *)exf__model_alloc(model, strlen(name) + 1);
+  if (!a->name || !a->target) {
     exf__model_undo(model, &mark);
     return model->ctx->status;
   }
   memcpy(a->name, alias, strlen(alias) + 1);
-  a->param = p;
+  memcpy(a->target, name, strlen(name) + 1);
   a->next = model->aliases;
   model->aliases = a;
   return EXF_OK;
@@ -5843,10 +5941,12 @@ static void exf__gradcheck_param(exf_model *model, exf_param *p, const exf_real 
   for (i = 0; i < p->t.size; i++) {
     diff = fabs((double)grad[i] - (double)numeric[i]);
     if (diff != diff) diff = HUGE_VAL;   /* a NaN is the worst of all */
-    relative = diff / EXF__MAX(fabs((double)numeric[i]), largest / 1000);
+    relative = diff == 0 ? 0
+                         : diff / EXF__MAX(fabs((double)numeric[i]), largest / 1000);
+    if (diff != 0) diff /= largest;      /* of a gradient of zeros: infinite */
     if (!(relative <= report->worst_relative)) report->worst_relative = relative;
-    if (!(diff / largest <= report->worst)) {
-      report->worst = diff / largest;
+    if (!(diff <= report->worst)) {
+      report->worst = diff;
       snprintf(report->where, sizeof report->where, "%.100s[%zu]", p->name, i);
     }
     report->n_checked++;
@@ -5874,8 +5974,8 @@ EXF_API exf_status exf_gradcheck(exf_model *model,
   for (i = 0; i < model->n_params && ctx->status == EXF_OK; i++) {
     exf_param *p = model->params[i];
     if (p->frozen || !p->t.size) continue;
-    grad = (exf_real *)exf__alloc_n(ctx, p->t.size, 2 * sizeof(exf_real));
-    if (grad && exf_expert_grad(p, grad) == EXF_OK)
+    grad = (exf_real *)exf__calloc_n(ctx, p->t.size, 2 * sizeof(exf_real));
+    if (grad && (!p->has_grad || exf_expert_grad(p, grad) == EXF_OK))
       exf__gradcheck_param(model, p, grad, grad + p->t.size, h, loss, user, report);
     exf__free(ctx, grad);
   }
@@ -6021,9 +6121,10 @@ static int exf__fusion_resolve(exf_ctx *ctx, exf_fusion_desc *d, int from_scratc
     d->upcycle = from_scratch ? EXF_UP_INDEPENDENT : EXF_UP_ZEROSUM;
   if ((unsigned)d->variant > EXF_MB || (unsigned)d->upcycle > EXF_UP_DROP)
     exf_fail(ctx, EXF_ARG, "ffn: unknown variant or upcycling mode");
-  else if (!(d->mu <= 1) || !(d->tau > 0) || !(d->drop <= 1) || !(d->drop >= 0))
+  else if (!(d->mu <= 1) || !(d->tau > 0) || !(d->drop <= 1) || !(d->drop >= 0)
+           || !(d->spread - d->spread == 0))
     exf_fail(ctx, EXF_ARG, "ffn: mu %g must lie in [0,1], tau %g be positive, drop %g "
-             "lie in [0,1]", d->mu, d->tau, d->drop);
+             "lie in [0,1], spread %g be finite", d->mu, d->tau, d->drop, d->spread);
   return ctx->status == EXF_OK;
 }
 
@@ -6242,13 +6343,21 @@ static void exf__change_apply(exf_ffn *f, exf__ffn_change *c) {
   exf__change_free(m->ctx, &old);
 }
 
+static int exf__is_bank(const exf_ffn *f, const char *name) {
+  size_t n = strlen(f->name);
+  return f->fusion.variant == EXF_MB && strncmp(name, f->name, n) == 0
+         && strcmp(name + n, ".bank") == 0;
+}
+
 /* "<ffn>.<what>" */
 static exf_param *exf__fusion_param(exf_ffn *f, const char *what, exf_shape shape,
                                     double std, double value) {
   exf__name name;
   exf_param_desc d;
   exf_param *p;
-  if (!exf__join(f->model->ctx, name, f->name, what)) return NULL;
+  if (!exf__join(f->model->ctx, name, f->name, what)
+      || !exf__name_free(f->model, "ffn", name))
+    return NULL;
   memset(&d, 0, sizeof d);
   d.shape = shape;
   d.init_std = std;
@@ -6456,7 +6565,6 @@ static exf_status exf__ffns_change(exf_model *m, exf_ffn *const *ffns, size_t n,
   exf__ffn_change *c;
   size_t i;
   if (ctx->status != EXF_OK) return ctx->status;
-  if (!desc) return exf_fail(ctx, EXF_ARG, "upcycle: the descriptor is NULL");
   c = (exf__ffn_change *)exf__calloc_n(ctx, n, sizeof *c);
   if (!c) return ctx->status;
   for (i = 0; i < n && ctx->status == EXF_OK; i++) {
@@ -6472,8 +6580,18 @@ static exf_status exf__ffns_change(exf_model *m, exf_ffn *const *ffns, size_t n,
   return ctx->status;
 }
 
+static exf_status exf__upcycle(exf_model *m, exf_ffn *const *ffns, size_t n,
+                               const exf_fusion_desc *desc) {
+  if (m->ctx->status != EXF_OK) return m->ctx->status;
+  if (!desc) return exf_fail(m->ctx, EXF_ARG, "upcycle: the descriptor is NULL");
+  if (desc->variant == EXF_DENSE)
+    return exf_fail(m->ctx, EXF_ARG, "upcycle: the variant is dense: choose sw, dw or "
+                    "mb, or merge");
+  return exf__ffns_change(m, ffns, n, desc);
+}
+
 EXF_API exf_status exf_ffn_upcycle(exf_ffn *f, const exf_fusion_desc *desc) {
-  return f ? exf__ffns_change(f->model, &f, 1, desc) : EXF_ARG;
+  return f ? exf__upcycle(f->model, &f, 1, desc) : EXF_ARG;
 }
 
 EXF_API exf_status exf_ffn_merge(exf_ffn *f) {
@@ -6482,7 +6600,7 @@ EXF_API exf_status exf_ffn_merge(exf_ffn *f) {
 }
 
 EXF_API exf_status exf_model_upcycle(exf_model *model, const exf_fusion_desc *desc) {
-  return model ? exf__ffns_change(model, model->ffns, model->n_ffns, desc) : EXF_ARG;
+  return model ? exf__upcycle(model, model->ffns, model->n_ffns, desc) : EXF_ARG;
 }
 
 EXF_API exf_status exf_model_merge(exf_model *model) {
@@ -6623,6 +6741,9 @@ static exf_block *exf__block_make(exf_model *model, const char *name,
   double std = desc->init_std != 0 ? desc->init_std : 0.02;
   double std_out = desc->init_std_out != 0 ? desc->init_std_out : std;
   if (!b) return NULL;
+  if (!exf__is_drop(model->ctx, "block", desc->dropout)
+      || !exf__is_drop(model->ctx, "block", desc->drop_path))
+    return NULL;
   b->dropout = desc->dropout;
   b->drop_path = desc->drop_path;
   if (!exf__join(model->ctx, full, name, part[0])) return NULL;
@@ -6718,7 +6839,10 @@ EXF_API void exf_kv_reset(exf_kv *kv) {
 EXF_API size_t exf_kv_length(const exf_kv *kv) { return kv ? kv->length : 0; }
 
 EXF_API void exf_kv_advance(exf_kv *kv, size_t t) {
-  if (kv) kv->length += EXF__MIN(t, kv->capacity - kv->length);
+  if (!kv) return;
+  if (t <= kv->capacity - kv->length) kv->length += t;
+  else exf_fail(kv->ctx, EXF_ARG, "kv_advance: %zu positions after %zu of %zu", t,
+                kv->length, kv->capacity);
 }
 
 typedef struct exf__cached_work {
@@ -6789,6 +6913,11 @@ EXF_API exf_tensor *exf_block_cached(exf_ctx *ctx, const exf_block *b, exf_tenso
                                      exf_kv *kv, size_t layer) {
   exf_tensor *y;
   if (!b) return NULL;
+  if (!b->attn->causal) {
+    exf_fail(ctx, EXF_ARG, "block_cached: the block's attention is not causal: a cache "
+             "would hide later positions");
+    return NULL;
+  }
   y = exf_linear_forward(ctx, b->attn->qkv, exf_norm_forward(ctx, b->norm1, x));
   y = exf_attention_cached(ctx, y, b->attn->n_heads, kv, layer);
   x = exf_add(ctx, x, exf_linear_forward(ctx, b->attn->proj, y));
@@ -6842,6 +6971,16 @@ static int exf__moments_new(exf_model *model, int moments, int shared) {
   return ctx->status == EXF_OK;
 }
 
+static int exf__is_size(double x) { return x >= 0 && x - x == 0; }  /* and finite */
+
+/* 0 and an error when upcycling or merging made p after the optimizer. */
+static int exf__optim_knows(const exf_optim *o, const exf_param *p) {
+  if (p->weight_decay >= 0 && (exf__optim_moments(&o->desc) == 0 || p->m)) return 1;
+  exf_fail(o->model->ctx, EXF_STATE, "optim: '%s' is newer than the optimizer: make the "
+           "optimizer anew after upcycling or merging", p->name);
+  return 0;
+}
+
 EXF_API exf_optim *exf_optim_new(exf_model *model, const exf_optim_desc *desc) {
   exf_ctx *ctx;
   exf_optim *o;
@@ -6857,18 +6996,23 @@ EXF_API exf_optim *exf_optim_new(exf_model *model, const exf_optim_desc *desc) {
   if (d.beta1 == 0) d.beta1 = 0.9;
   if (d.beta2 == 0) d.beta2 = 0.999;
   if (d.eps == 0) d.eps = 1e-8;
-  d.beta1 = EXF__MAX(d.beta1, 0);
-  d.beta2 = EXF__MAX(d.beta2, 0);
+  if (d.beta1 < 0) d.beta1 = 0;
+  if (d.beta2 < 0) d.beta2 = 0;
   if (!(d.beta1 < 1) || !(d.beta2 < 1) || !(d.eps > 0) || !(d.momentum >= 0)
-      || !(d.momentum < 1) || !(d.weight_decay >= 0) || !(d.clip >= 0)) {
+      || !(d.momentum < 1) || !exf__is_size(d.weight_decay) || !(d.clip >= 0)) {
     exf_fail(ctx, EXF_ARG, "optim: beta1 %g, beta2 %g and momentum %g must lie in [0,1), "
-             "eps %g be positive, weight decay %g and clip %g not negative", d.beta1,
-             d.beta2, d.momentum, d.eps, d.weight_decay, d.clip);
+             "eps %g be positive, weight decay %g and clip %g not negative, the decay "
+             "finite", d.beta1, d.beta2, d.momentum, d.eps, d.weight_decay, d.clip);
     return NULL;
   }
   if (d.shared_moments && d.kind != EXF_ADAMW) {
     exf_fail(ctx, EXF_ARG, "optim: shared_moments are for AdamW: SGD has none to "
              "spare");
+    return NULL;
+  }
+  if (model->optim) {
+    exf_fail(ctx, EXF_STATE, "optim: the model has an optimizer, which holds its moments: "
+             "exf_optim_free it first");
     return NULL;
   }
   o = (exf_optim *)exf__calloc_n(ctx, 1, sizeof *o);
@@ -6878,6 +7022,7 @@ EXF_API exf_optim *exf_optim_new(exf_model *model, const exf_optim_desc *desc) {
   }
   o->model = model;
   o->desc = d;
+  model->optim = o;
   for (i = 0; i < model->n_params; i++) {
     exf_param *p = model->params[i];
     p->lr_scale = 1;
@@ -6895,6 +7040,7 @@ EXF_API void exf_optim_free(exf_optim *o) {
     exf__free(o->model->ctx, p->v);
     p->m = p->v = NULL;
   }
+  o->model->optim = NULL;
   exf__free(o->model->ctx, o);
 }
 
@@ -6905,9 +7051,10 @@ EXF_API exf_status exf_optim_group(exf_optim *o,
                                    void *user, double lr_scale, double weight_decay) {
   size_t i;
   if (!o) return EXF_ARG;
-  if (!select || !(lr_scale >= 0) || !(weight_decay >= 0))
+  if (!select || !exf__is_size(lr_scale) || !exf__is_size(weight_decay))
     return exf_fail(o->model->ctx, EXF_ARG, "optim_group: needs a predicate, lr_scale %g "
-                    "and weight decay %g not negative", lr_scale, weight_decay);
+                    "and weight decay %g finite and not negative", lr_scale,
+                    weight_decay);
   for (i = 0; i < o->model->n_params; i++) {
     exf_param *p = o->model->params[i];
     if (!select(p, user)) continue;
@@ -6929,6 +7076,9 @@ static double exf__grad_square(const exf_optim *o, const exf_param *p) {
   const exf_ctx *ctx = o->model->ctx;
   size_t n = p->role == EXF__EXPERTS ? p->t.size / p->t.shape.dim[0] : p->t.size, i;
   double square = ctx->k->sumsq(n, p->t.grad), weights = 0;
+  if (!(square - square == 0))       /* above 1e19 a square may overflow in float */
+    for (square = 0, i = 0; i < n; i++)
+      square += (double)p->t.grad[i] * (double)p->t.grad[i];
   if (p->role != EXF__EXPERTS || !o->desc.expert_norm) return square;
   for (i = 0; i < p->t.shape.dim[0]; i++) {
     double a = (double)exf__mean_weight(p, i);
@@ -7055,15 +7205,16 @@ EXF_API exf_status exf_optim_step(exf_optim *o, double lr, double *norm) {
   m = o->model;
   ctx = m->ctx;
   if (ctx->status != EXF_OK) return ctx->status;
+  if (!exf__is_size(lr))
+    return exf_fail(ctx, EXF_ARG, "optim: learning rate %g must be finite and not "
+                    "negative", lr);
   for (i = 0; i < m->n_ffns; i++) most = EXF__MAX(most, m->ffns[i]->fusion.n_experts);
   scale = (exf_real *)exf__arena(ctx, most, sizeof(exf_real));
   if (!scale) return ctx->status;
   for (i = 0; i < m->n_params; i++) {
     exf_param *p = m->params[i];
-    if (!p->has_grad) continue;
-    if (p->weight_decay < 0 || (exf__optim_moments(&o->desc) > 0 && !p->m))
-      return exf_fail(ctx, EXF_STATE, "optim: '%s' is newer than the optimizer: make the "
-                      "optimizer anew after upcycling or merging", p->name);
+    if (!p->has_grad || p->frozen) continue;
+    if (!exf__optim_knows(o, p)) return ctx->status;
     part = exf__grad_square(o, p);
     if (!bad && !(part - part == 0)) bad = p;
     square += part;
@@ -7100,8 +7251,10 @@ EXF_API double exf_schedule_lr(const exf_schedule *s, uint64_t step) {
 
 EXF_API double exf_expert_decay(const exf_schedule *s, double weight_decay) {
   double left = 1;
-  uint64_t t;
-  for (t = 0; s && t < s->steps; t++) left *= 1 - exf_schedule_lr(s, t) * weight_decay;
+  uint64_t t, every = s ? s->steps / 65536 + 1 : 1;   /* long schedules are sampled */
+  for (t = 0; s && t < s->steps; t += every)
+    left *= exf__pow_d(1 - exf_schedule_lr(s, t) * weight_decay,
+                       EXF__MIN(every, s->steps - t));
   return left;
 }
 
@@ -7284,7 +7437,10 @@ static exf_status exf__ema_copy(const exf_ema *e, const exf_model *dense, int to
 }
 
 EXF_API exf_status exf_ema_copy_to(const exf_ema *e, exf_model *dense) {
-  return exf__ema_copy(e, dense, 1);
+  exf_status status = exf__ema_copy(e, dense, 1);
+  size_t i;
+  for (i = 0; status == EXF_OK && i < dense->n_ffns; i++) dense->ffns[i]->trained = 1;
+  return status;
 }
 EXF_API exf_status exf_ema_copy_from(exf_ema *e, const exf_model *dense) {
   return exf__ema_copy(e, dense, 0);
@@ -8851,9 +9007,9 @@ EXF_API void exf_st_free_memory(exf_ctx *ctx, unsigned char *data) {
 
 /* ---- models and checkpoints in files --------------------------------- >>checkpoint */
 
-/* User metadata with the members this library adds: "format" always, extra when given. */
+/* User metadata with the members this library adds: "format" always, and extra. */
 static exf_pair *exf__meta_join(exf_ctx *ctx, const exf_pair *meta, size_t n_meta,
-                                const exf_pair *extra, size_t *n) {
+                                const exf_pair *extra, size_t n_extra, size_t *n) {
   exf_pair *all;
   size_t i;
   *n = 0;
@@ -8861,7 +9017,7 @@ static exf_pair *exf__meta_join(exf_ctx *ctx, const exf_pair *meta, size_t n_met
     exf_fail(ctx, EXF_ARG, "save: meta is NULL, its number is not 0");
     return NULL;
   }
-  all = (exf_pair *)exf__alloc_n(ctx, n_meta + 2, sizeof *all);
+  all = (exf_pair *)exf__alloc_n(ctx, n_meta + 1 + n_extra, sizeof *all);
   if (!all) return NULL;
   for (i = 0; i < n_meta; i++) all[(*n)++] = meta[i];
   for (i = 0; i < n_meta; i++)
@@ -8870,7 +9026,7 @@ static exf_pair *exf__meta_join(exf_ctx *ctx, const exf_pair *meta, size_t n_met
     all[*n].key = "format";
     all[(*n)++].value = "pt";
   }
-  if (extra) all[(*n)++] = *extra;
+  for (i = 0; i < n_extra; i++) all[(*n)++] = extra[i];
   return all;
 }
 
@@ -8888,12 +9044,12 @@ EXF_API exf_status exf_model_save(exf_model *model, const char *path,
   items = exf__merged(model, &n);
   if (!items) return ctx->status;
   all = (exf_st_item *)exf__alloc_n(ctx, n + n_aliases, sizeof *all);
-  pairs = exf__meta_join(ctx, meta, n_meta, NULL, &n_pairs);
+  pairs = exf__meta_join(ctx, meta, n_meta, NULL, 0, &n_pairs);
   if (all && pairs) {
     memcpy(all, items, n * sizeof *all);
     for (k = n, a = model->aliases; a; a = a->next)
       for (i = 0; i < n; i++)
-        if (items[i].data == a->param->t.data) {
+        if (strcmp(items[i].name, a->target) == 0) {
           all[k] = items[i];
           all[k++].name = a->name;
         }
@@ -9012,14 +9168,15 @@ EXF_API exf_status exf_model_load(exf_model *model, const exf_st *st) {
     exf__slots_add(&s, "", p->name, "", &p->t.shape, p->t.data);
   }
   for (a = model->aliases; a && ctx->status == EXF_OK; a = a->next) {
-    const exf_st_entry *one = exf_st_find(st, a->param->name);
+    const exf_st_entry *one = exf_st_find(st, a->target);
     const exf_st_entry *two = exf_st_find(st, a->name);
-    if (!two) continue;
+    const exf_param *p = exf_model_find(model, a->target);
+    if (!two || !p) continue;
     if (one && (one->bytes != two->bytes
                 || memcmp(one->data, two->data, one->bytes) != 0))
       exf_fail(ctx, EXF_MISMATCH, "load: '%s' and '%s' are one parameter and must be "
-               "equal", a->param->name, a->name);
-    exf__slots_add(&s, "", a->name, "", &a->param->t.shape, NULL);
+               "equal", a->target, a->name);
+    exf__slots_add(&s, "", a->name, "", &p->t.shape, NULL);
   }
   if (ctx->status == EXF_OK) exf__slots_load(&s, st, 0);
   exf__slots_free(&s);
@@ -9029,8 +9186,16 @@ EXF_API exf_status exf_model_load(exf_model *model, const exf_st *st) {
 }
 
 /* Everything a checkpoint holds: parameters, moments, banks. */
-static int exf__checkpoint_slots(exf__slots *s, exf_model *model, int moments) {
+static int exf__checkpoint_slots(exf__slots *s, exf_model *model, const exf_optim *o) {
+  int moments = o != NULL;
   size_t i;
+  s->slot = NULL;
+  if (moments && o->model != model) {
+    exf_fail(model->ctx, EXF_ARG, "checkpoint: the optimizer is another model's");
+    return 0;
+  }
+  for (i = 0; moments && i < model->n_params; i++)
+    if (!exf__optim_knows(o, model->params[i])) return 0;
   if (!exf__slots_start(s, model->ctx, 3 * model->n_params + model->n_ffns)) return 0;
   for (i = 0; i < model->n_params; i++) {
     exf_param *p = model->params[i];
@@ -9048,6 +9213,32 @@ static int exf__checkpoint_slots(exf__slots *s, exf_model *model, int moments) {
 }
 
 #define EXF__UPDATES "exf.updates"
+#define EXF__FUSION_KEY "exf.fusion"
+
+/* What tensors do not tell of the FFNs: "12 x dw softmax 4, 1 x dense". The caller frees
+   it. */
+static char *exf__fusion_text(const exf_model *m) {
+  size_t room = 80 * m->n_ffns + 1, at = 0, i, next;
+  char *text = (char *)exf__alloc(m->ctx, room);
+  if (!text) return NULL;
+  text[0] = '\0';
+  for (i = 0; i < m->n_ffns; i = next) {
+    const exf_fusion_desc *a = &m->ffns[i]->fusion, *b;
+    for (next = i + 1; next < m->n_ffns; next++) {
+      b = &m->ffns[next]->fusion;
+      if (a->variant != b->variant || a->n_experts != b->n_experts || a->lean != b->lean
+          || (a->variant == EXF_DW && a->dw_softmax != b->dw_softmax))
+        break;
+    }
+    at += (size_t)snprintf(text + at, room - at, "%s%zu x %s", i ? ", " : "", next - i,
+                           exf_variant_name(a->variant));
+    if (a->variant == EXF_DENSE) continue;
+    at += (size_t)snprintf(text + at, room - at, "%s%s %zu",
+                           a->variant == EXF_DW && a->dw_softmax ? " softmax" : "",
+                           a->lean ? " lean" : "", a->lean ? a->lean : a->n_experts);
+  }
+  return text;
+}
 
 EXF_API exf_status exf_checkpoint_save(exf_model *model, const exf_optim *optim,
                                        const char *path, const exf_pair *meta,
@@ -9055,18 +9246,21 @@ EXF_API exf_status exf_checkpoint_save(exf_model *model, const exf_optim *optim,
   exf_ctx *ctx;
   exf__slots s;
   exf_st_item *items;
-  exf_pair *pairs, extra;
-  char updates[32];
+  exf_pair *pairs, extra[2];
+  char updates[32], *fusion;
   size_t i, n_pairs;
   if (!model) return EXF_ARG;
   ctx = model->ctx;
   if (ctx->status != EXF_OK) return ctx->status;
   snprintf(updates, sizeof updates, "%llu", (unsigned long long)exf_optim_steps(optim));
-  extra.key = EXF__UPDATES;
-  extra.value = updates;
-  if (exf__checkpoint_slots(&s, model, optim != NULL)) {
+  fusion = exf__fusion_text(model);
+  extra[0].key = EXF__FUSION_KEY;
+  extra[0].value = fusion;
+  extra[1].key = EXF__UPDATES;
+  extra[1].value = updates;
+  if (exf__checkpoint_slots(&s, model, optim)) {
     items = (exf_st_item *)exf__alloc_n(ctx, s.n, sizeof *items);
-    pairs = exf__meta_join(ctx, meta, n_meta, optim ? &extra : NULL, &n_pairs);
+    pairs = exf__meta_join(ctx, meta, n_meta, extra, optim ? 2 : 1, &n_pairs);
     for (i = 0; items && i < s.n; i++) {
       items[i].name = s.slot[i].name;
       items[i].shape = *s.slot[i].shape;
@@ -9076,6 +9270,7 @@ EXF_API exf_status exf_checkpoint_save(exf_model *model, const exf_optim *optim,
     exf__free(ctx, items);
     exf__free(ctx, pairs);
   }
+  exf__free(ctx, fusion);
   exf__slots_free(&s);
   return ctx->status;
 }
@@ -9096,6 +9291,8 @@ EXF_API exf_status exf_checkpoint_load(exf_model *model, exf_optim *optim,
   exf_ctx *ctx;
   exf__slots s;
   uint64_t updates = 0;
+  const char *stored;
+  char *fusion;
   size_t i;
   if (!model || !st) return EXF_ARG;
   ctx = model->ctx;
@@ -9103,10 +9300,18 @@ EXF_API exf_status exf_checkpoint_load(exf_model *model, exf_optim *optim,
   if (optim && !exf__parse_u64(exf_st_meta(st, EXF__UPDATES), &updates))
     return exf_fail(ctx, EXF_MISMATCH, "load: the file has no update count (%s): it is "
                     "not a training checkpoint", EXF__UPDATES);
-  if (exf__checkpoint_slots(&s, model, optim != NULL)
+  stored = exf_st_meta(st, EXF__FUSION_KEY);
+  fusion = exf__fusion_text(model);
+  if (fusion && stored && strcmp(stored, fusion) != 0)
+    exf_fail(ctx, EXF_MISMATCH, "load: the checkpoint's FFNs are '%.80s', the model's "
+             "'%.80s'", stored, fusion);
+  exf__free(ctx, fusion);
+  if (ctx->status != EXF_OK) return ctx->status;
+  if (exf__checkpoint_slots(&s, model, optim)
       && exf__slots_load(&s, st, !optim) == EXF_OK && optim)
     optim->t = updates;
   exf__slots_free(&s);
+  if (ctx->status == EXF_OK) exf_model_zero_grad(model);
   for (i = 0; ctx->status == EXF_OK && i < model->n_ffns; i++)
     model->ffns[i]->trained = 1;
   return ctx->status;

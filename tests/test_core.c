@@ -805,7 +805,7 @@ TEST(checkpoint_of_another_model_is_refused) {
   st = exf_st_open(ctx, CHECKPOINT, NULL);
   CHECK(st != NULL);
   CHECK(exf_checkpoint_load(h.model, p, st) == EXF_MISMATCH);
-  CHECK_ERR(ctx, EXF_MISMATCH, "mlp");
+  CHECK_ERR(ctx, EXF_MISMATCH, "x mb 3', the model's");
   after = tiny_eval(ctx, &h, &n);
   CHECK(same_bits(before, after, n));
   CHECK(exf_optim_steps(p) == 0);

@@ -25,7 +25,7 @@ typedef struct world {
   exf_files files;
   exf_ctx *ctx;
   tiny_gpt g;
-  exf_optim *optim, *second;
+  exf_optim *optim;
   exf_ema *ema;
   int variant, failed;
   exf_real out[64];              /* what an action computed */
@@ -95,7 +95,6 @@ static void world_make(world *w, int variant, int has) {
 
 static void world_free(world *w) {
   exf_ema_free(w->ema);
-  exf_optim_free(w->second);
   exf_optim_free(w->optim);
   exf_model_free(w->g.model);
   exf_ctx_free(w->ctx);
@@ -155,11 +154,6 @@ static int make_optim(world *w) {
   return w->optim != NULL;
 }
 
-static int make_optim_again(world *w) {
-  w->second = tiny_adamw(w->g.model);
-  return w->second != NULL;
-}
-
 static int train(world *w) {
   tiny_train(w->ctx, &w->g, w->optim, 2, 1, 0.05);
   return ok(w);
@@ -200,18 +194,18 @@ static int generate(world *w) {
 }
 
 static int upcycle(world *w) {
-  tiny_desc d = small_desc(w->variant);
+  tiny_desc d = small_desc(w->variant ? w->variant : 1);
   return exf_model_upcycle(w->g.model, &d.fusion) == EXF_OK;
 }
 
 static int upcycle_drop(world *w) {
-  tiny_desc d = small_desc(w->variant);
+  tiny_desc d = small_desc(w->variant ? w->variant : 1);
   d.fusion.upcycle = EXF_UP_DROP;
   return exf_model_upcycle(w->g.model, &d.fusion) == EXF_OK;
 }
 
 static int upcycle_lean(world *w) {
-  tiny_desc d = small_desc(w->variant);
+  tiny_desc d = small_desc(1);
   d.fusion.lean = 1;
   return exf_model_upcycle(w->g.model, &d.fusion) == EXF_OK;
 }
@@ -309,7 +303,6 @@ static const action actions[] = {
   {"grow a table", DENSE_ONLY, grow_table},
   {"grow an alias", DENSE_ONLY, grow_alias},
   {"make an optimizer", 0, make_optim},
-  {"make a second optimizer", HAS_OPTIM | HAS_TRAINED, make_optim_again},
   {"train", HAS_OPTIM, train},
   {"evaluate", 0, evaluate},
   {"generate", 0, generate},

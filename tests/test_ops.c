@@ -1130,7 +1130,7 @@ TEST(drop_path_values) {
   }
   CHECK_NEAR((double)kept / SAMPLES, 0.75, 0.04);
   CHECK(exf_drop_path(ctx, x, 1.5) == NULL);
-  CHECK_ERR(ctx, EXF_ARG, "dropout");
+  CHECK_ERR(ctx, EXF_ARG, "drop_path");
   exf_ctx_free(ctx);
 }
 
