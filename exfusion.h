@@ -7011,8 +7011,8 @@ EXF_API exf_optim *exf_optim_new(exf_model *model, const exf_optim_desc *desc) {
     return NULL;
   }
   if (model->optim) {
-    exf_fail(ctx, EXF_STATE, "optim: the model has an optimizer, which holds its moments: "
-             "exf_optim_free it first");
+    exf_fail(ctx, EXF_STATE, "optim: the model has an optimizer, which holds its "
+             "moments: exf_optim_free it first");
     return NULL;
   }
   o = (exf_optim *)exf__calloc_n(ctx, 1, sizeof *o);

@@ -393,7 +393,8 @@ TEST(caches_are_for_causal_blocks_and_their_room) {
 
 TEST(activations_of_huge_numbers_have_gradients) {
   const exf_real x[] = {(exf_real)1e20, (exf_real)-1e20, (exf_real)3e38, (exf_real)2e13};
-  exf_tensor *(*const op[])(exf_ctx *, exf_tensor *) = {exf_gelu, exf_gelu_tanh, exf_silu};
+  exf_tensor *(*const op[])(exf_ctx *, exf_tensor *) = {exf_gelu, exf_gelu_tanh,
+                                                        exf_silu};
   exf_ctx *ctx = exf_ctx_new(NULL);
   size_t i, k;
   for (k = 0; k < 3; k++) {
