@@ -71,6 +71,15 @@ row() {
   say "pass    $isa"
 }
 
+# able NAME "COMPILER FLAGS": whether it can link a program at all; else the row is skipped
+able() {
+  wanted "$1" && have "${2%% *}" || return 0
+  sh -c "$2 $dir/probe.c -o $dir/probe$suffix -lm" > $dir/out 2>&1 && return
+  n=$((n + 1))
+  skip "this compiler lacks headers or libraries for it"
+  return 1
+}
+
 # one NAME BITS "COMPILER FLAGS" [ARGUMENTS [RUNNER]]: the program as one unit
 one() {
   name=$1 bits=$2 runner=${5:-}
@@ -81,14 +90,10 @@ one() {
     emcc*) suffix=.js ;;
     *) suffix= ;;
   esac
-  if wanted "$1" && have "${3%% *}" \
-     && ! sh -c "$3 $dir/probe.c -o $dir/probe$suffix -lm" > $dir/out 2>&1; then
-    n=$((n + 1))
-    skip "this compiler lacks headers or libraries for it"
-    return
+  if able "$1" "$3"; then
+    row "$1" "$2" "${3%% *} ${runner%% *}" "$3 $flags $tmp $src -o \$exe -lm" \
+      "$runner \$exe ${4:-}"
   fi
-  row "$1" "$2" "${3%% *} ${runner%% *}" "$3 $flags $tmp $src -o \$exe -lm" \
-    "$runner \$exe ${4:-}"
   suffix=
 }
 
@@ -104,6 +109,8 @@ link() {
 
 # examples NAME "COMPILER FLAGS" [FLAGS OF THE EXAMPLES [RUNNER [SUFFIX]]]
 examples() {
+  name="examples, $1" bits=files
+  able "$name" "$2" || return
   row "examples, $1" files "${2%% *} ${4%% *} sha256sum" \
     "$2 $warn -c $dir/impl.c -o \$exe.o || exit; for e in charlm vit; do \
     $2 $warn -DEXF__IMPLEMENTED examples/\$e.c \$exe.o -o \$exe-\$e${5:-} -lm \
