@@ -87,6 +87,10 @@ for from in manual readme; do
     if [ -x $dir/$base ] && [ ! -s $dir/$base.log ]; then
       ok
       run_program "$base"
+      if command -v "${CXX:-c++}" > /dev/null; then
+        expect "$base is C++, too" "${CXX:-c++}" -std=c++11 -Wall -Wextra -I. -x c++ \
+          -DEXF__IMPLEMENTED -fsyntax-only "$file"
+      fi
     else
       bad "$base: it does not compile without a word"
       head -n 6 $dir/$base.log
