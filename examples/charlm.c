@@ -259,6 +259,7 @@ static void train_data(charlm *c, const char *self) {
     flag_set(flag_find(r->flags, r->n_flags, "data"), found, "");
     free(found);
   }
+  if (r->s.resume) flag_recorded(flag_find(r->flags, r->n_flags, "data"), r->s.out);
   dataset_read(&c->set, c->data, &c->vocab, c->g.n_vocab);
   text_add(&mine, "{\"bytes\":%llu,\"fnv1a\":\"%016llx\"}", (ull)c->set.n,
            (ull)c->set.hash);
@@ -348,7 +349,7 @@ static int train(int argc, char **argv) {
     run_free(r);
     return 0;
   }
-  r->ctx = settings_context(&r->s);
+  run_context(r);
   st = train_geometry(&c);
   train_data(&c, argv[0]);
   fusion = settings_fusion(&r->s);
@@ -502,8 +503,9 @@ static int eval(int argc, char **argv) {
   ctx = exf_ctx_new(NULL);
   check(ctx);
   path = open_model(ctx, place, &g, &v);
-  if (!*data) data = found = run_flag_of(path, "data");
-  if (!data) data = found = default_data(argv[0]);
+  flag_of_run(&flags[0], path);
+  if (!*data) data = found = default_data(argv[0]);
+  else flag_recorded(&flags[0], place);
   dataset_read(&d, data, &v, g.n_vocab);
   dataset_encode(&d, data, &v);
   begin = split == 0 ? d.n_train : 0;

@@ -149,13 +149,14 @@ static inline int is_directory(const char *path) {
 #endif
 }
 
-/* A whole file, with a zero byte behind it, to be freed. */
-static inline unsigned char *read_file(const char *path, size_t *n) {
+/* A whole file, with a zero byte behind it, to be freed; NULL, with the cause in errno,
+   when it cannot be opened or read. */
+static inline unsigned char *file_bytes(const char *path, size_t *n) {
   FILE *file = fopen(path, "rb");
   size_t capacity = 1 << 16, got;
   unsigned char *data;
-  if (!file) fail(1, "cannot open %s (%s): give a file that can be read", path,
-                  strerror(errno));
+  int cause;
+  if (!file) return NULL;
   data = (unsigned char *)memory(capacity + 1, 1);
   *n = 0;
   while ((got = fread(data + *n, 1, capacity - *n, file)) > 0) {
@@ -168,12 +169,33 @@ static inline unsigned char *read_file(const char *path, size_t *n) {
       capacity *= 2;
     }
   }
+  cause = errno;
   if (ferror(file)) {
     free(data);
-    fail(1, "cannot read %s (%s): give a file that can be read", path, strerror(errno));
+    data = NULL;
+  } else {
+    data[*n] = 0;
   }
   fclose(file);
-  data[*n] = 0;
+  errno = cause;
+  return data;
+}
+
+/* The same; ends the program when it cannot be read. */
+static inline unsigned char *read_file(const char *path, size_t *n) {
+  unsigned char *data = file_bytes(path, n);
+  if (!data) fail(1, "cannot read %s (%s): give a file that can be read", path,
+                  strerror(errno));
+  return data;
+}
+
+/* A file of text, to be freed: no zero byte hides the rest of it. */
+static inline char *read_text(const char *path) {
+  size_t n;
+  char *data = (char *)read_file(path, &n);
+  if (strlen(data) < n)
+    fail(1, "%s: byte %s is zero, which no text holds: write the file anew", path,
+         commas(strlen(data)));
   return data;
 }
 
@@ -207,9 +229,12 @@ static inline void directory_make(const char *path) {
     if (*c != '/') continue;
     *c = 0;
 #if HAVE_POSIX
-    if (mkdir(copy, 0777) != 0 && errno != EEXIST && !is_directory(copy))
-      fail(1, "cannot make the folder %s (%s): choose another --out", copy,
-           strerror(errno));
+    if (mkdir(copy, 0777) != 0 && errno != EEXIST) {
+      int cause = errno;                       /* is_directory changes it */
+      if (!is_directory(copy))
+        fail(1, "cannot make the folder %s (%s): choose another --out", copy,
+             strerror(cause));
+    }
 #elif defined(_WIN32)
     (void)_mkdir(copy);
 #endif
@@ -488,7 +513,7 @@ typedef struct flag {
   double low, high;     /* of a number */
   const char *choices;  /* "a|b|c" of a choice; the value is the index */
   const char *help;
-  int given;            /* by the user: on the command line or by --config */
+  int given;            /* by the user: 1 on the command line, 2 by --config */
   char *owned;          /* the text behind a const char * value */
 } flag;
 
@@ -568,7 +593,7 @@ static inline int is_utf8(const char *value) {
 
 /* Sets a flag from text. from: "" or the file it comes from with ": " behind it. */
 static inline void flag_set(flag *f, const char *value, const char *from) {
-  char *end = NULL, what[64];
+  char *end = NULL, what[600];
   errno = 0;
   if (f->kind == 'u' && f->low < 0 && strcmp(value, "null") == 0) {
     *(uint64_t *)f->value = FLAG_UNSET;
@@ -588,7 +613,7 @@ static inline void flag_set(flag *f, const char *value, const char *from) {
       flag_bad(f, value, from);
     *(int *)f->value = on;
   } else if (f->kind == 'c') {
-    snprintf(what, sizeof what, "%s%s", flag_dashes(f->name), f->name);
+    snprintf(what, sizeof what, "%s%s%s", from, flag_dashes(f->name), f->name);
     *(int *)f->value = choice_find(f->choices, value, what);
   } else {
     char *copy = (char *)memory(strlen(value) + 1, 1);
@@ -724,7 +749,7 @@ static inline void flags_read(flag *flags, int n, const char *source, const char
     if (f->given && strcmp(mine.s, theirs.s) != 0)
       fail(2, "--%s is %s here but %s in %s: leave the flag away, or start a new run",
            f->name, mine.s, theirs.s, what);
-    if (!agree) f->given = 1;
+    if (!agree) f->given = 2;
     text_free(&mine);
     text_free(&theirs);
   }
@@ -740,6 +765,15 @@ static inline void flag_agree(flag *flags, int n, const char *name, size_t value
     fail(2, "--%s is %s but %s in %s: leave the flag away", name, commas((size_t)*mine),
          commas(value), path);
   *mine = value;
+}
+
+/* Data that a run recorded may have a name relative to where it was started. run: its
+   folder or its model. */
+static inline void flag_recorded(const flag *f, const char *run) {
+  const char *path = *(const char *const *)f->value;
+  if (f->given || file_exists(path) || is_directory(path)) return;
+  fail(1, "cannot open %s (%s), the data that %s recorded: say with --%s where they are",
+       path, strerror(errno), run, f->name);
 }
 
 static inline void flags_free(flag *flags, int n) {
@@ -856,24 +890,6 @@ static inline void log_line(void *user, const char *line) {
   if (*(const int *)user) return;
   progress_clear();
   fprintf(stderr, "%s\n", line);
-}
-
-/* A context for s; threads and isa become what they are resolved to. */
-static inline exf_ctx *settings_context(settings *s) {
-  exf_desc desc;
-  exf_ctx *ctx;
-  memset(&desc, 0, sizeof desc);
-  desc.seed = s->seed;
-  desc.n_threads = (int)s->threads;
-  desc.log = log_line;
-  desc.log_user = &s->quiet;
-  ctx = exf_ctx_new(&desc);
-  check(ctx);
-  if (s->isa && exf_isa_set(ctx, (exf_isa)s->isa) != EXF_OK)
-    fail(2, "--isa: %s", exf_error(ctx));
-  s->threads = (uint64_t)exf_threads_get(ctx);
-  s->isa = (int)exf_isa_get(ctx);
-  return ctx;
 }
 
 /* ---- tables of numbers ------------------------------------------------------------ */
@@ -1043,6 +1059,7 @@ typedef struct run {
   size_t per_step;               /* tokens or images in a step */
   double started, elapsed;       /* clock at the start; seconds before it */
   double loss;                   /* of the last step */
+  int owns;                      /* the files in the folder are of this run */
   text log, weights;             /* log.csv, weights.csv */
   progress bar;
   void *user;                    /* of the calls */
@@ -1051,6 +1068,7 @@ typedef struct run {
   void (*after_step)(void *user);                         /* may be NULL */
   void (*before_checkpoint)(void *user);                  /* is saved; may be NULL */
   void (*after_checkpoint)(void *user);
+  void (*clear)(void *user);     /* removes another run's own files; may be NULL */
 } run;
 
 static inline void run_free(run *r) {
@@ -1062,6 +1080,28 @@ static inline void run_free(run *r) {
   text_free(&r->weights);
 }
 
+/* Makes the context; threads become what they are resolved to. isa stays, so that a run
+   may go on on another processor. */
+static inline void run_context(run *r) {
+  settings *s = &r->s;
+  exf_desc desc;
+  memset(&desc, 0, sizeof desc);
+  desc.seed = s->seed;
+  desc.n_threads = (int)s->threads;
+  desc.log = log_line;
+  desc.log_user = &s->quiet;
+  r->ctx = exf_ctx_new(&desc);
+  check(r->ctx);
+  if (s->isa && exf_isa_set(r->ctx, (exf_isa)s->isa) != EXF_OK) {
+    int given = flag_find(r->flags, r->n_flags, "isa")->given;
+    char *path = path_in(s->out, "run.json");
+    fail(2, "%s%s--isa %s is not available on this processor or in this build: use "
+         "--isa auto", given == 1 ? "" : given == 2 ? s->config : path,
+         given == 1 ? "" : ": ", exf_isa_name((exf_isa)s->isa));
+  }
+  s->threads = (uint64_t)exf_threads_get(r->ctx);
+}
+
 /* Takes the flags, step, list and data of the checkpoint in --out; the rest of
    resuming is exf_checkpoint_load in run_begin. Flags given must agree. */
 static inline void run_resume(run *r) {
@@ -1070,7 +1110,6 @@ static inline void run_resume(run *r) {
   exf_ctx *ctx = exf_ctx_new(NULL);
   const char *task, *config, *list, *step, *data;
   exf_st *st;
-  size_t n;
   check(ctx);
   if (!file_exists(path))
     fail(1, "there is no %s, so nothing to resume: leave --resume away", path);
@@ -1092,7 +1131,7 @@ static inline void run_resume(run *r) {
   exf_st_close(st);
   exf_ctx_free(ctx);
   if (file_exists(json_path)) {
-    char *source = (char *)read_file(json_path, &n);
+    char *source = read_text(json_path);
     flags_read(r->flags, r->n_flags, source, json_path, 1u << FLAG_RUNNING, 1);
     free(source);
   }
@@ -1107,11 +1146,11 @@ static inline void run_flags(run *r, int argc, char **argv, const char *const *q
   int i;
   flags_parse(r->flags, r->n_flags, argc, argv, NULL, usage);
   if (*r->s.config) {
-    size_t n;
-    char *source = (char *)read_file(r->s.config, &n);
+    char *source = read_text(r->s.config);
     flags_read(r->flags, r->n_flags, source, r->s.config, ~(1u << FLAG_ONCE), 0);
     free(source);
   }
+  if (!*r->s.out) fail(2, "--out is empty: name a folder");
   if (r->s.resume) {
     run_resume(r);
     return;
@@ -1180,6 +1219,7 @@ static inline void run_begin(run *r) {
     check(r->ctx);
     exf_st_close(st);
     free(path);
+    r->owns = 1;
   }
   rows = csv_keep(log, LOG_HEADER, r->step, &r->log);
   csv_keep(weights, header.s, r->s.resume ? r->step + 1 : 0, &r->weights);
@@ -1256,20 +1296,40 @@ static inline void run_save_tensors(run *r, exf_model *model, const char *name,
   free(path);
 }
 
-/* Ends the program when saving failed; every file is then whole, old or new. */
+/* Ends the program when saving failed; every file is then whole. */
 static inline void run_check_save(const run *r) {
   if (exf_ctx_status(r->ctx) != EXF_OK)
     fail(1, "saving after step %s: %s", commas(r->step), exf_error(r->ctx));
 }
 
+/* Removes the files of another run: the checkpoint first, for without it nothing is
+   resumed, whatever happens before this run has one. The model stays until this run's
+   takes its place. */
+static inline void run_clear(const run *r) {
+  static const char *const names[] = {"checkpoint.safetensors", "summary.json",
+                                      "run.json", "log.csv", "weights.csv"};
+  size_t i;
+  for (i = 0; i < sizeof names / sizeof names[0]; i++) {
+    char *path = path_in(r->s.out, names[i]);
+    if (remove(path) != 0 && errno != ENOENT)
+      fail(1, "cannot remove %s (%s), which is another run's: choose another --out", path,
+           strerror(errno));
+    free(path);
+  }
+  if (r->clear) r->clear(r->user);
+}
+
 /* Writes all but summary.json and the checkpoint. */
 static inline void run_save_results(run *r) {
   text t = {NULL, 0, 0};
+  if (!r->owns) run_clear(r);
+  r->owns = 1;
+  run_save_tensors(r, r->model, "model.safetensors", 0);
+  run_check_save(r);
   run_save_text(r, "log.csv", &r->log);
   run_save_text(r, "weights.csv", &r->weights);
   flags_write(r->flags, r->n_flags, ~(1u << FLAG_ONCE), 1, &t);
   run_save_text(r, "run.json", &t);
-  run_save_tensors(r, r->model, "model.safetensors", 0);
   run_check_save(r);
   text_free(&t);
 }
@@ -1283,7 +1343,7 @@ static inline void run_save_checkpoint(run *r) {
   if (r->after_checkpoint) r->after_checkpoint(r->user);
 }
 
-/* In the middle of a run; a summary in the folder is then of an earlier one. */
+/* In the middle of a run; a summary is then of an end whose checkpoint was not saved. */
 static inline void run_save(run *r) {
   char *summary = path_in(r->s.out, "summary.json");
   run_save_results(r);
@@ -1293,11 +1353,19 @@ static inline void run_save(run *r) {
 }
 
 /* Ends the program after a step that failed. */
-static inline void run_stop_bad_step(const run *r) {
+static inline void run_stop(const run *r, const char *why) {
   char *path = path_in(r->s.out, "checkpoint.safetensors");
-  fail(1, "step %s: %s%s%s", commas(r->step), exf_error(r->ctx),
-       file_exists(path) ? "; the last checkpoint is kept: " : "",
-       file_exists(path) ? path : "");
+  fail(1, "step %s: %s%s%s", commas(r->step), why,
+       r->owns ? "; the last checkpoint is kept: " : "", r->owns ? path : "");
+}
+
+/* The validation loss, which must be finite. */
+static inline double run_validate(const run *r, text *words) {
+  double loss = r->validate(r->user, words);
+  if (!isfinite(loss))
+    run_stop(r, "the validation loss is not finite: take a smaller --lr, or another "
+             "--init");
+  return loss;
 }
 
 /* One update. r->loss is that before it; norm is that before clipping. */
@@ -1316,7 +1384,7 @@ static inline void run_step(run *r, double *norm) {
   }
   exf_training_set(ctx, 0);
   exf_optim_step(r->optim, exf_schedule_lr(&r->schedule, r->step), norm);
-  if (exf_ctx_status(ctx) != EXF_OK) run_stop_bad_step(r);
+  if (exf_ctx_status(ctx) != EXF_OK) run_stop(r, exf_error(ctx));
   if (r->after_step) r->after_step(r->user);
 }
 
@@ -1332,7 +1400,7 @@ static inline void run_loop(run *r) {
     r->step++;
     words.n = 0;
     if (r->step == r->steps || (r->s.eval_every && r->step % r->s.eval_every == 0))
-      val_loss = r->validate(r->user, &words);
+      val_loss = run_validate(r, &words);
     run_log(r, s, val_loss, norm, spent);
     run_log_weights(r);
     snprintf(note, sizeof note, "loss=%.3f", r->loss);
@@ -1347,12 +1415,14 @@ static inline void run_loop(run *r) {
     if (r->step < r->steps && r->s.save_every && r->step % r->s.save_every == 0)
       run_save(r);
   }
+  if (r->steps == 0) run_validate(r, &words);
   progress_clear();
   text_free(&words);
 }
 
 /* What is about to be trained; what the method's algebra already knows of it. */
 static inline void run_announce(const run *r, const char *model, const char *data) {
+  double left = -1;        /* of the experts' differences; outside [0, 1]: unknown */
   char name[48];
   if (r->s.quiet) return;
   choice_name("dense|sw|dw|mb", r->s.ffn, name);
@@ -1367,8 +1437,9 @@ static inline void run_announce(const run *r, const char *model, const char *dat
          (unsigned long long)r->s.seed, exf_isa_name(exf_isa_get(r->ctx)),
          (int)r->s.threads, r->s.threads > 1 ? "s" : "");
   if (r->s.ffn != EXF_DENSE && r->s.experts > 1)
-    printf("; weight decay will leave %.3g of the experts' differences",
-           exf_expert_decay(&r->schedule, r->s.weight_decay));
+    left = exf_expert_decay(&r->schedule, r->s.weight_decay);
+  if (left >= 0 && left <= 1)
+    printf("; weight decay will leave %.3g of the experts' differences", left);
   printf("\n");
   fflush(stdout);
   if (!r->s.resume) exf_notices(r->model, r->optim);
@@ -1477,23 +1548,22 @@ static inline char *model_path(const char *place) {
   return path.s;
 }
 
-/* A flag of the run whose model stands at this path, to be freed; NULL: unknown. */
-static inline char *run_flag_of(const char *model, const char *name) {
+/* Gives a flag that was not given its value in the run whose model is at this path. */
+static inline void flag_of_run(flag *f, const char *model) {
   const char *slash = strrchr(model, '/'), *value;
-  text path = {NULL, 0, 0}, found = {NULL, 0, 0};
+  text path = {NULL, 0, 0};
   text_add(&path, "%.*srun.json", slash ? (int)(slash - model) + 1 : 0, model);
-  if (file_exists(path.s)) {
-    size_t n;
-    char *source = (char *)read_file(path.s, &n);
+  if (!f->given && file_exists(path.s)) {
+    char *source = read_text(path.s);
     json j;
     json_read(&j, source, path.s);
-    value = json_find(&j, name);
-    if (value) text_add(&found, "%s", value);
+    value = json_find(&j, f->name);
+    text_add(&path, ": ");
+    if (value) flag_set(f, value, path.s);
     json_free(&j);
     free(source);
   }
   text_free(&path);
-  return found.s;
 }
 
 /* ---- looking into a file ---------------------------------------------------------- */

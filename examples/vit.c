@@ -100,15 +100,27 @@ static void train_defaults(trainer *c) {
     "warm-up steps; null: a twentieth of the run";
 }
 
+static void two_sources(void) {
+  fail(2, "--data and --images: give one of them");
+}
+
+/* What a run recorded must be where it says. */
+static void source_recorded(const flag *data, const flag *images, const char *place) {
+  const char *name = *(const char *const *)data->value;
+  if (**(const char *const *)images->value) flag_recorded(images, place);
+  else if (*name && strcmp(name, "generated") != 0) flag_recorded(data, place);
+}
+
 /* Finds and reads the pictures. Returns what they are called. */
 static const char *train_source(trainer *c) {
   flag *data = flag_find(c->r.flags, c->r.n_flags, "data");
   flag *images = flag_find(c->r.flags, c->r.n_flags, "images");
   if (*c->from.images && *c->from.data) {
-    if (data->given && images->given) fail(2, "--data and --images: give one of them");
+    if (data->given && images->given) two_sources();
     flag_set(data->given ? images : data, "", "");
   }
   if (!*c->from.images && !*c->from.data) flag_set(data, default_source(), "");
+  if (c->r.s.resume) source_recorded(data, images, c->r.s.out);
   return source_read(&c->set, &c->from, c->r.s.seed);
 }
 
@@ -284,6 +296,28 @@ static void ema_saved(void *user) {
   c->ema_saved = c->r.step;
 }
 
+/* Removes all averages from the folder. */
+static void ema_clear(void *user) {
+#if HAVE_POSIX
+  const trainer *c = (const trainer *)user;
+  DIR *dir = opendir(c->r.s.out);
+  struct dirent *entry;
+  while (dir && (entry = readdir(dir)) != NULL) {
+    ull step = 0;
+    char *name, *path;
+    if (sscanf(entry->d_name, "ema-%llu", &step) != 1) continue;
+    name = ema_name(step);
+    path = path_in(c->r.s.out, name);
+    if (strcmp(entry->d_name, name) == 0) remove(path);
+    free(path);
+    free(name);
+  }
+  if (dir) closedir(dir);
+#else
+  (void)user;
+#endif
+}
+
 /* ---- the end of a run ------------------------------------------------------------- */
 
 /* Checks the merged file against the model in memory; then the test pictures, once. */
@@ -383,7 +417,7 @@ static int train(int argc, char **argv) {
   train_defaults(&c);
   run_flags(r, argc, argv, quick, (int)(sizeof quick / sizeof *quick / 2),
             "vit train [flags]");
-  r->ctx = settings_context(&r->s);
+  run_context(r);
   st = train_data(&c);
   train_plan(&c);
   if (run_is_finished(r)) {
@@ -396,6 +430,7 @@ static int train(int argc, char **argv) {
   r->user = &c;
   r->micro_loss = train_loss;
   r->validate = train_validate;
+  r->clear = ema_clear;
   if (st) exf_model_load(c.g.model, st);
   if (st && r->s.ffn != EXF_DENSE) exf_model_upcycle(c.g.model, &fusion);
   check(r->ctx);
@@ -470,13 +505,6 @@ static int predict(int argc, char **argv) {
   return 0;
 }
 
-/* The run's own setting, where the command line gives none. */
-static void eval_flag(flag *f, const char *model) {
-  char *value = f->given ? NULL : run_flag_of(model, f->name);
-  if (value) flag_set(f, value, "");
-  free(value);
-}
-
 static int eval(int argc, char **argv) {
   const char *place = NULL, *usage = "vit eval DIR|FILE [flags]", *from;
   int split = 0;
@@ -500,11 +528,13 @@ static int eval(int argc, char **argv) {
   int i;
   flags_parse(flags, 6, argc, argv, &place, usage);
   if (!place) fail(2, "no model named: usage: %s", usage);
+  if (*s.data && *s.images) two_sources();
   ctx = exf_ctx_new(NULL);
   check(ctx);
   path = open_model(ctx, place, &g, &names, &seed);
   for (i = flags[0].given || flags[1].given ? 2 : 0; i < 5; i++)
-    eval_flag(&flags[i], path);
+    flag_of_run(&flags[i], path);
+  source_recorded(&flags[0], &flags[1], place);
   if (!*s.data && !*s.images) s.data = default_source();
   s.size = g.size;
   from = source_read(&set, &s, seed);

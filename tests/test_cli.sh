@@ -37,6 +37,7 @@ refused "unknown upcycle" 2 "zerosum" train --upcycle zerosun
 refused "no experts" 2 "experts" train --ffn mb --experts 0
 refused "heads do not divide" "1 2" "heads" train --data $dir/text.txt --width 32 --heads 3 \
   --out $dir/never
+refused "empty --out" 2 "--out is empty: name a folder" train --out= --data $dir/none
 refused "dropout of 1" 2 "dropout" train --dropout 1
 refused "batch 0" 2 "batch" train --batch 0
 ok "nothing was written" [ ! -e $dir/never ]
@@ -54,6 +55,22 @@ refused "block longer than the split" "1 2" "block" train --data $dir/text.txt \
 refused "folder below a file" 1 "text.txt" train --data $dir/text.txt \
   --out $dir/text.txt/x --steps 1
 refused "missing config" 1 "nowhere.json" train --config $dir/nowhere.json
+
+if [ "$(id -u)" != 0 ]; then
+  mkdir $dir/locked
+  chmod a-w $dir/locked
+  refused "folder in a locked one" 1 "x (Permission denied)" train --data $dir/text.txt \
+    --out $dir/locked/x
+elif [ -d /sys/kernel ] && ! mkdir /sys/exf 2> $dir/sys.err; then
+  refused "folder in /sys" 1 "$(sed 's/.*: \(.*\)/exf (\1)/' $dir/sys.err)" train \
+    --data $dir/text.txt --out /sys/exf
+else
+  echo "skipped a locked folder: nothing is locked for root"
+fi
+echo '{"ffn":"foo"}' > $dir/choice.json
+printf '{"steps":2}\n\0junk' > $dir/zero.json
+refused "choice in a file" 2 "choice.json: --ffn 'foo'" train --config $dir/choice.json
+refused "zero byte in a file" 1 "zero.json: byte 12 is zero" train --config $dir/zero.json
 
 # ---- a run and its files
 ok "sw trains" train one --steps 30 --ffn sw --experts 3 --seed 5
@@ -140,6 +157,36 @@ do ok "it leaves $f unchanged" same $dir/one/$f $dir/done/$f; done
 refused "--resume with another lr" "1 2" "lr" train --resume --out $dir/done --lr 0.5
 refused "--resume with another ffn" "1 2" "ffn" train --resume --out $dir/done --ffn dw
 
+# ---- the folder of another run, or of another machine
+cp -r $dir/one $dir/over
+( trap '' XFSZ; ulimit -f 300
+  train over --steps 3 --ffn sw --experts 3 --seed 6 2> $dir/over.err )
+ok "its checkpoint does not fit" grep -q 'checkpoint.*: cannot write' $dir/over.err
+refused "that of the other run is gone" 1 "nothing to resume" train --resume \
+  --out $dir/over
+cp -r $dir/one $dir/full
+( trap '' XFSZ; ulimit -f 100; train full --steps 3 --seed 6 2> $dir/over.err )
+ok "its model does not fit" grep -q 'model.safetensors: cannot write' $dir/over.err
+ok "the other run's stays, alone" [ "$(ls $dir/full)" = model.safetensors ]
+ok "as it was" same $dir/one/model.safetensors $dir/full/model.safetensors
+cp -r $dir/one $dir/moved
+other=neon
+if [ "$(field isa $dir/one/summary.json)" = neon ]; then other=avx2; fi
+ok "run.json keeps auto" grep -q '"isa": "auto"' $dir/one/run.json
+sed "s/\"auto\"/\"$other\"/" $dir/one/run.json > $dir/moved/run.json
+refused "another machine's isa" 2 "moved/run.json: --isa $other is not available" train \
+  --config $dir/moved/run.json --out $dir/never
+(cd $dir && "$charlm" train --quiet --data text.txt --block 16 --width 32 --layers 1 \
+  --heads 2 --steps 1 --eval-every 0 --out relative)
+refused "data by a relative name" 1 "say with --data where" eval $dir/relative
+ok "--data says where" "$charlm" eval $dir/relative --data $dir/text.txt
+sed 's/"exf.step":"1"/"exf.step":"0"/' $dir/relative/checkpoint.safetensors \
+  > $dir/relative/x && mv $dir/relative/x $dir/relative/checkpoint.safetensors
+refused "resumed elsewhere" 1 "say with --data where" train --resume --out $dir/relative
+ok "no factor above 1" sh -c "'$charlm' train --data $dir/text.txt --quick --steps 1 \
+  --lr 9 --weight-decay 9 --warmup 0 --out $dir/factor > $dir/factor.out; \
+  grep -q '^run ' $dir/factor.out && ! grep -q decay $dir/factor.out"
+
 # ---- stopping and going on
 long="--steps 1500 --ffn mb --experts 3 --dropout 0.1"
 # shellcheck disable=SC2086
@@ -173,6 +220,15 @@ fi
 status=$?
 ok "NaN ends with 1" [ $status = 1 ]
 ok "NaN names the step" grep -q 'step' $dir/nan.out
+cp -r $dir/one $dir/explodes
+# shellcheck disable=SC2086
+refused "another run's checkpoint is not promised" 1 "input$" train $tiny --steps 40 \
+  --lr 1000000 --clip 0 --warmup 0 --quiet --out $dir/explodes
+ok "nor is it touched" same $dir/one/checkpoint.safetensors \
+  $dir/explodes/checkpoint.safetensors
+# shellcheck disable=SC2086
+refused "its own is" 1 "kept: .*nan/checkpoint" train $tiny --steps 40 --lr 1000000 \
+  --clip 0 --warmup 0 --quiet --out $dir/nan --save-every 1
 
 # ---- model files
 model=$dir/one/model.safetensors
@@ -190,6 +246,10 @@ ok "n characters" [ "$(wc -c < $dir/s1.txt)" -ge 50 ]
 ok "greedy" "$charlm" sample $model -n 20 --temperature 0
 ok "top-k and top-p" "$charlm" sample $model -n 20 --top-k 3 --top-p 0.5
 refused "prompt outside the vocabulary" 1 "64" sample $model --prompt @
+nan_weights $model > $dir/nan.safetensors
+refused "NaN is no start" 1 "validation loss is not finite" train --data $dir/text.txt \
+  --init $dir/nan.safetensors --steps 0 --quiet --out $dir/nan-init
+ok "it is not saved" test ! -e $dir/nan-init/model.safetensors
 head -c 3000 $model > $dir/cut.safetensors
 head -c 5 $model > $dir/stub.safetensors
 printf '<!DOCTYPE html><html>no</html>' > $dir/html.safetensors

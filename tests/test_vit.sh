@@ -36,6 +36,7 @@ refused "heads that do not divide" 2 "heads" train --data $idx --patch 4 --heads
 refused "two sources" 2 "give one" train --data $idx --images $idx
 refused "epochs" 2 "epochs" train --epochs many
 refused "steps" 2 "whole number from 0" train --steps -3
+refused "two sources to evaluate" 2 "give one" eval $dir/one --data $idx --images $idx
 refused "smoothing" 2 "label-smoothing" train --label-smoothing 1
 refused "no model" 2 "usage" eval
 refused "no picture" 2 "no picture" predict $dir/one
@@ -134,6 +135,9 @@ for flags in "--ffn dense" "--ffn sw" "--ffn dw" "--ffn dw --dw softmax" "--ffn 
   ok "$flags: no expert in the model" sh -c "! grep -q -a expert $dir/v$n/model.safetensors"
 done
 ok "the average is a model" "$vit" eval $dir/v7/ema-20.safetensors --data $idx
+cp -r $dir/v7 $dir/again
+ok "another run in its folder" train again --steps 2
+ok "the average is removed" test ! -e $dir/again/ema-20.safetensors
 ok "it is another" differ $dir/v7/ema-20.safetensors $dir/v7/model.safetensors
 
 # ---- stopping and going on, in the middle of an epoch
@@ -191,6 +195,11 @@ ok "predict" "$vit" predict $dir/dense $dir/zero.pgm $dir/zero.pgm
 ok "predict: three classes, twice" [ "$(grep -c '%  ' $dir/ok.out)" = 6 ]
 ok "predict: the first is likeliest" awk '/%/ { if (n++ % 3 && $1 > last) exit 1
   last = $1 }' $dir/ok.out
+cp -r $dir/one $dir/bad-run
+sed 's/"classes": 10/"classes": "x"/' $dir/one/run.json > $dir/bad-run/run.json
+refused "a flag of run.json" 2 "bad-run/run.json: --classes takes" eval $dir/bad-run
+sed 's/"data": "[^"]*"/"data": "gone"/' $dir/one/run.json > $dir/bad-run/run.json
+refused "data that are gone" 1 "gone .*say with --data where" eval $dir/bad-run
 printf 'P5 8 8 255\nxx' > $dir/cut.pgm
 refused "a cut picture" 1 "cut.pgm: pnm: the file ends at byte 13" predict $dir/dense \
   $dir/cut.pgm
