@@ -129,8 +129,7 @@ static void geometry_read(const exf_st *st, const char *path, size_t heads, gpt 
                           vocabulary *v) {
   const exf_st_entry *wte = exf_st_find(st, "transformer.wte.weight");
   const exf_st_entry *wpe = exf_st_find(st, "transformer.wpe.weight");
-  const char *config = exf_st_meta(st, "exf.config"), *value;
-  const char *vocab = exf_st_meta(st, "exf.vocab");
+  const char *vocab = exf_st_meta(st, "exf.vocab"), *value;
   char name[64];
   json j;
   memset(g, 0, sizeof *g);
@@ -147,9 +146,8 @@ static void geometry_read(const exf_st *st, const char *path, size_t heads, gpt 
   g->bias = exf_st_find(st, "transformer.ln_f.bias") != NULL;
   do snprintf(name, sizeof name, "transformer.h.%u.ln_1.weight", (unsigned)g->n_layers);
   while (exf_st_find(st, name) && ++g->n_layers < 1024);
-  g->n_heads = heads;
-  json_read(&j, config ? config : "{}", "its exf.config");
-  if ((value = json_find(&j, "n_head")) != NULL) g->n_heads = strtoul(value, NULL, 10);
+  config_read(&j, st, path);
+  g->n_heads = config_count(&j, "n_head", heads, path);
   if ((value = json_find(&j, "activation")) != NULL && strcmp(value, "gelu") != 0)
     fail(1, "%s: its activation is %.40s, charlm has gelu: convert it", path, value);
   json_free(&j);
@@ -170,7 +168,7 @@ static char *open_model(exf_ctx *ctx, const char *place, gpt *g, vocabulary *v) 
   geometry_read(st, path, 0, g, v);
   gpt_build(g, ctx, NULL);
   exf_model_load(g->model, st);
-  check(ctx);
+  check_load(ctx, path);
   exf_st_close(st);
   return path;
 }
@@ -203,7 +201,7 @@ static void train_defaults(charlm *c) {
     {"order", 'c', FLAG_TRAINING, &c->order, 0, 0, "shuffle|sequential",
      "windows of the batches", 0, NULL},
     {"init", 's', FLAG_TRAINING, &c->init, 0, 0, NULL,
-     "start from a dense model.safetensors and upcycle it", 0, NULL}};
+     "start from a dense model, DIR|FILE, and upcycle it", 0, NULL}};
   const int n = (int)(sizeof own / sizeof own[0]);
   memset(c, 0, sizeof *c);
   c->r.s = s;
@@ -217,24 +215,26 @@ static void train_defaults(charlm *c) {
   c->r.n_flags = n + settings_flags(&c->r.s, c->r.flags + n);
 }
 
-/* Geometry from the flags, or from the file of --init, which is returned open. */
-static exf_st *train_geometry(charlm *c) {
+/* Geometry from the flags, or from the file of --init, which is returned open, with its
+   path, to be freed. */
+static exf_st *train_geometry(charlm *c, char **path) {
   settings *s = &c->r.s;
   gpt *g = &c->g;
   exf_st *st = NULL;
   const char *config;
   int n = c->r.n_flags;
   if (*c->init && !s->resume) {
-    st = open_tensors(c->r.ctx, c->init);
-    geometry_read(st, c->init, (size_t)s->heads, g, &c->vocab);
+    *path = model_path(c->init);
+    st = open_tensors(c->r.ctx, *path);
+    geometry_read(st, *path, (size_t)s->heads, g, &c->vocab);
     config = exf_st_meta(st, "exf.config");
     if (!config || !strstr(config, "\"n_head\""))
       log_line(&s->quiet, "notice: the file does not say n_head: --heads is taken");
-    flag_agree(c->r.flags, n, "layers", g->n_layers, c->init);
-    flag_agree(c->r.flags, n, "heads", g->n_heads, c->init);
-    flag_agree(c->r.flags, n, "width", g->width, c->init);
-    flag_agree(c->r.flags, n, "block", g->block, c->init);
-    flag_agree(c->r.flags, n, "bias", g->bias, c->init);
+    flag_agree(c->r.flags, n, "layers", g->n_layers, *path);
+    flag_agree(c->r.flags, n, "heads", g->n_heads, *path);
+    flag_agree(c->r.flags, n, "width", g->width, *path);
+    flag_agree(c->r.flags, n, "block", g->block, *path);
+    flag_agree(c->r.flags, n, "bias", g->bias, *path);
   }
   if (s->width % s->heads)
     fail(2, "--heads %s does not divide --width %s: every head takes an equal part",
@@ -341,6 +341,7 @@ static int train(int argc, char **argv) {
   exf_st *st;
   exf_fusion_desc fusion;
   text model = {NULL, 0, 0}, data = {NULL, 0, 0};
+  char *init = NULL;
   int code = 0;
   train_defaults(&c);
   run_flags(r, argc, argv, quick, (int)(sizeof quick / sizeof *quick / 2),
@@ -350,7 +351,7 @@ static int train(int argc, char **argv) {
     return 0;
   }
   run_context(r);
-  st = train_geometry(&c);
+  st = train_geometry(&c, &init);
   train_data(&c, argv[0]);
   fusion = settings_fusion(&r->s);
   gpt_build(&c.g, r->ctx, st || r->s.ffn == EXF_DENSE ? NULL : &fusion);
@@ -359,9 +360,11 @@ static int train(int argc, char **argv) {
   r->micro_loss = train_loss;
   r->validate = train_validate;
   if (st) exf_model_load(c.g.model, st);
+  if (st) check_load(r->ctx, init);
   if (st && r->s.ffn != EXF_DENSE) exf_model_upcycle(c.g.model, &fusion);
   check(r->ctx);
   exf_st_close(st);
+  free(init);
   c.x = (int32_t *)memory((size_t)r->s.batch * c.g.block, sizeof *c.x);
   c.y = (int32_t *)memory((size_t)r->s.batch * c.g.block, sizeof *c.y);
   r->per_step = (size_t)(r->s.batch * r->s.accum) * c.g.block;
@@ -420,18 +423,21 @@ static int32_t choose(const exf_tensor *logits, const sampling *s, uint64_t inde
 
 /* Writes n characters. When the context is full, its last half is kept and the cache
    filled anew, since positions are absolute. */
-static void generate(exf_ctx *ctx, const gpt *g, const vocabulary *v, const char *prompt,
-                     const sampling *s) {
+static void generate(exf_ctx *ctx, const gpt *g, const vocabulary *v, const char *path,
+                     const char *prompt, const sampling *s) {
   int32_t *context = (int32_t *)memory(g->block, sizeof *context);
-  size_t n = prompt_tokens(prompt, v, g->block, context), done = 0, half;
+  size_t n = prompt_tokens(prompt, v, g->block, context), done = 0, half, k;
   exf_kv *kv = exf_kv_new(ctx, g->n_layers, g->block, g->width);
   uint64_t i;
   exf_grad_set(ctx, 0);
   put_bytes(prompt, strlen(prompt));
   for (i = 0; i < s->n; i++) {
     exf_tensor *logits = gpt_next(ctx, g, context + done, n - done, kv);
+    double sum = 0;
     int32_t token;
     check(ctx);
+    for (k = 0; k < logits->size; k++) sum += (double)logits->data[k];
+    check_finite(sum, path);
     token = choose(logits, s, i);
     exf_rewind(ctx);
     put_bytes(&v->byte[token], 1);
@@ -467,15 +473,17 @@ static int sample(int argc, char **argv) {
   exf_ctx *ctx;
   gpt g;
   vocabulary v;
+  char *path;
   flags_parse(flags, 6, argc, argv, &place, usage);
   if (!place) fail(2, "no model named: usage: %s", usage);
   ctx = exf_ctx_new(NULL);
   check(ctx);
-  free(open_model(ctx, place, &g, &v));
+  path = open_model(ctx, place, &g, &v);
   if (v.n == 0)
     fail(1, "%s has no exf.vocab, the list of its characters: train --init with it and "
-         "--steps 0 gives it one", place);
-  generate(ctx, &g, &v, prompt, &s);
+         "--steps 0 gives it one", path);
+  generate(ctx, &g, &v, path, prompt, &s);
+  free(path);
   gpt_free(&g);
   exf_ctx_free(ctx);
   flags_free(flags, 6);
@@ -512,6 +520,7 @@ static int eval(int argc, char **argv) {
   n = split == 1 ? d.n_train : d.n - begin;
   dataset_check(n, g.block, split == 0 ? "validation" : "chosen", data);
   e = evaluate(ctx, &g, NULL, d.tokens + begin, n);
+  check_finite(e.val_loss, path);
   choice_name(flags[1].choices, split, name);
   printf("%s_loss %.9g   nats per character (%.4f bits), %s characters of %s\n", name,
          e.val_loss, e.val_loss / log(2), commas(e.n), data);

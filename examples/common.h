@@ -48,6 +48,9 @@ static inline void progress_clear(void) {
   progress_drawn = 0;
 }
 
+/* What a terminal could obey. */
+static inline int is_control(char c) { return (unsigned char)c < 32 || c == 127; }
+
 NEVER_RETURNS PRINTS(2, 3)
 static inline void fail(int code, const char *format, ...) {
   char line[4096], *c;
@@ -58,7 +61,7 @@ static inline void fail(int code, const char *format, ...) {
   vsnprintf(line, sizeof line, format, args);
   va_end(args);
   for (c = line; *c; c++)   /* what it quotes may hold anything: one line, no escapes */
-    if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+    if (is_control(*c)) *c = '?';
   fprintf(stderr, "%s: %s\n", program_name, line);
   exit(code);
 }
@@ -75,6 +78,18 @@ static inline void *memory(size_t n, size_t size) {
 static inline void check(const exf_ctx *ctx) {
   if (!ctx) fail(1, "out of memory: close other programs");
   if (exf_ctx_status(ctx) != EXF_OK) fail(1, "%s", exf_error(ctx));
+}
+
+/* The same after a load, whose message does not name the file. */
+static inline void check_load(const exf_ctx *ctx, const char *path) {
+  if (exf_ctx_status(ctx) != EXF_OK) fail(1, "%s: %s", path, exf_error(ctx));
+}
+
+/* Ends the program unless x, a loss or a sum of outputs of this model, is finite. */
+static inline void check_finite(double x, const char *model) {
+  if (!isfinite(x))
+    fail(1, "%s: what the model computes is not finite, its weights are damaged or have "
+         "diverged: take another model", model);
 }
 
 /* ---- growing text ----------------------------------------------------------------- */
@@ -122,6 +137,35 @@ static inline const char *commas(uint64_t n) {
   }
   out[k] = 0;
   return out;
+}
+
+/* The length of the UTF-8 character, and its code; 0 when there is none. */
+static inline size_t utf8_next(const char *at, uint32_t *code) {
+  const unsigned char *s = (const unsigned char *)at;
+  size_t n = *s < 0x80 ? 1 : *s < 0xE0 ? 2 : *s < 0xF0 ? 3 : 4, i;
+  if (*s == 0 || (*s >= 0x80 && *s < 0xC2) || *s > 0xF4
+      || (*s == 0xE0 && s[1] < 0xA0) || (*s == 0xED && s[1] > 0x9F)
+      || (*s == 0xF0 && s[1] < 0x90) || (*s == 0xF4 && s[1] > 0x8F)) return 0;
+  *code = n == 1 ? *s : *s & (0x7Fu >> n);
+  for (i = 1; i < n; i++) {
+    if ((s[i] & 0xC0) != 0x80) return 0;
+    *code = *code << 6 | (s[i] & 0x3Fu);
+  }
+  return n;
+}
+
+/* Stored texts go into metadata, which are UTF-8. */
+static inline int is_utf8(const char *s) {
+  uint32_t code;
+  size_t n;
+  for (; *s; s += n)
+    if ((n = utf8_next(s, &code)) == 0) return 0;
+  return 1;
+}
+
+/* A name may hold anything: control characters become '?'. */
+static inline void print_plain(const char *s) {
+  for (; *s; s++) putchar(is_control(*s) ? '?' : *s);
 }
 
 /* ---- files ------------------------------------------------------------------------ */
@@ -323,16 +367,27 @@ static inline void dataset_encode(dataset *d, const char *path, const vocabulary
   }
 }
 
+/* Names the character that byte `at` of the prompt belongs to. */
+NEVER_RETURNS
+static inline void prompt_refuse(const char *prompt, size_t at, const vocabulary *v) {
+  uint32_t code = 0;
+  size_t first = at, n;
+  while (first > 0 && (prompt[first] & 0xC0) == 0x80) first--;
+  n = utf8_next(prompt + first, &code);
+  if (first + n <= at) code = (unsigned char)prompt[at];
+  if (first + n <= at || code < 33 || (code > 126 && code < 161)) n = 0;
+  fail(1, "--prompt: the character %.*s%sof code %u is not in the model's vocabulary of "
+       "%d: leave it away", (int)n, prompt + first, n ? " " : "", (unsigned)code,
+       (int)v->n);
+}
+
 /* The prompt as tokens, the last `block` of them; a line end (10) when it is empty. */
 static inline size_t prompt_tokens(const char *prompt, const vocabulary *v,
                                    size_t block, int32_t *tokens) {
   size_t n = strlen(prompt), i, skip = n > block ? n - block : 0;
   for (i = 0; i < n; i++) {
     unsigned char byte = (unsigned char)prompt[i];
-    if (v->token[byte] < 0)
-      fail(1, "--prompt: the character of code %d%s%.*s is not in the model's vocabulary "
-           "of %d: leave it away", byte, byte > 32 && byte < 127 ? " " : "",
-           byte > 32 && byte < 127, prompt + i, (int)v->n);
+    if (v->token[byte] < 0) prompt_refuse(prompt, i, v);
     if (i >= skip) tokens[i - skip] = v->token[byte];
   }
   if (n == 0) tokens[0] = v->token[10] < 0 ? 0 : v->token[10];
@@ -577,20 +632,6 @@ static inline void flag_bad(const flag *f, const char *value, const char *from) 
        wanted, value);
 }
 
-/* Stored texts go into metadata, which are UTF-8. */
-static inline int is_utf8(const char *value) {
-  const unsigned char *s = (const unsigned char *)value;
-  while (*s) {
-    int n = *s < 0x80 ? 0 : *s < 0xE0 ? 1 : *s < 0xF0 ? 2 : 3;
-    if ((*s >= 0x80 && *s < 0xC2) || *s > 0xF4
-        || (*s == 0xE0 && s[1] < 0xA0) || (*s == 0xED && s[1] > 0x9F)
-        || (*s == 0xF0 && s[1] < 0x90) || (*s == 0xF4 && s[1] > 0x8F)) return 0;
-    for (s++; n > 0; n--, s++)
-      if ((*s & 0xC0) != 0x80) return 0;
-  }
-  return 1;
-}
-
 /* Sets a flag from text. from: "" or the file it comes from with ": " behind it. */
 static inline void flag_set(flag *f, const char *value, const char *from) {
   char *end = NULL, what[600];
@@ -645,21 +686,24 @@ static inline flag *flag_find(flag *flags, int n, const char *name) {
   return NULL;
 }
 
-/* The flag of that name; ends the program, naming the nearest, if absent. */
-static inline flag *flag_expect(flag *flags, int n, const char *name, const char *from) {
+/* The flag of that name; ends the program, naming what is near, if absent. typed: the
+   name as the user wrote it. from: as for flag_set. */
+static inline flag *flag_expect(flag *flags, int n, const char *name, const char *typed,
+                                const char *from) {
   flag *f = flag_find(flags, n, name);
-  size_t best = (size_t)-1;
-  int i, nearest = 0;
+  size_t best = strlen(name);
+  const char *nearest = NULL;
+  int i;
   if (f) return f;
-  if (n == 0) fail(2, "%sunknown flag %s%s: there are none here", from, flag_dashes(name),
-                   name);
+  if (n == 0) fail(2, "%sunknown flag %s: there are none here", from, typed);
   for (i = 0; i < n; i++) {
     size_t d = edit_distance(name, flags[i].name);
-    if (d < best) nearest = i;
+    if (d < best) nearest = flags[i].name;
     if (d < best) best = d;
   }
-  fail(2, "%sunknown flag %s%s: did you mean %s%s? (--help lists all)", from,
-       flag_dashes(name), name, flag_dashes(flags[nearest].name), flags[nearest].name);
+  if (!nearest) fail(2, "%sunknown flag %s: --help lists all", from, typed);
+  fail(2, "%sunknown flag %s: did you mean %s%s? (--help lists all)", from, typed,
+       flag_dashes(nearest), nearest);
 }
 
 static inline void flags_help(const flag *flags, int n, const char *usage) {
@@ -687,7 +731,7 @@ static inline void flags_parse(flag *flags, int n, int argc, char **argv,
   for (i = 2; i < argc; i++) {
     const char *a = argv[i], *equals = strchr(a, '=');
     size_t dashes = strspn(a, "-");
-    char name[48];
+    char name[48], typed[96];
     size_t len = equals ? (size_t)(equals - a) : strlen(a);
     flag *f;
     if (strcmp(a, "--help") == 0 || strcmp(a, "-h") == 0) {
@@ -701,10 +745,10 @@ static inline void flags_parse(flag *flags, int n, int argc, char **argv,
     }
     if (dashes > len) dashes = len;
     snprintf(name, sizeof name, "%.*s", (int)(len - dashes), a + dashes);
-    f = flag_expect(flags, n, name, "");
+    snprintf(typed, sizeof typed, "%.*s", (int)len, a);
+    f = flag_expect(flags, n, name, typed, "");
     if (dashes != strlen(flag_dashes(name)))
-      fail(2, "unknown flag %.*s: did you mean %s%s?", (int)len, a, flag_dashes(name),
-           name);
+      fail(2, "unknown flag %s: did you mean %s%s?", typed, flag_dashes(name), name);
     f->given = 1;
     if (equals) flag_set(f, equals + 1, "");
     else if (f->kind == 'b') *(int *)f->value = 1;
@@ -739,7 +783,7 @@ static inline void flags_read(flag *flags, int n, const char *source, const char
   json_read(&j, source, what);
   snprintf(from, sizeof from, "%s: ", what);
   for (i = 0; i < j.n; i++) {
-    flag *f = flag_expect(flags, n, j.field[i].key, from);
+    flag *f = flag_expect(flags, n, j.field[i].key, j.field[i].key, from);
     text mine = {NULL, 0, 0}, theirs = {NULL, 0, 0};
     if (!(scopes & 1u << f->scope)) continue;
     if (f->given && (!agree || f->scope != FLAG_TRAINING)) continue;
@@ -801,7 +845,9 @@ typedef struct settings {
 static inline int settings_flags(settings *s, flag *flags) {
   const double big = 1073741824.0;
   const flag table[] = {
-    {"out", 's', FLAG_PLACE, &s->out, 0, 0, NULL, "folder of the results", 0, NULL},
+    {"out", 's', FLAG_PLACE, &s->out, 0, 0, NULL,
+     "folder of the results; weights.csv thins long runs to about 1,000 rows per FFN", 0,
+     NULL},
     {"config", 's', FLAG_ONCE, &s->config, 0, 0, NULL,
      "read flags from a run.json; those given here go before", 0, NULL},
     {"ffn", 'c', FLAG_TRAINING, &s->ffn, 0, 0, "dense|sw|dw|mb",
@@ -1216,7 +1262,7 @@ static inline void run_begin(run *r) {
     char *path = path_in(r->s.out, "checkpoint.safetensors");
     exf_st *st = open_tensors(r->ctx, path);
     exf_checkpoint_load(r->model, r->optim, st);
-    check(r->ctx);
+    check_load(r->ctx, path);
     exf_st_close(st);
     free(path);
     r->owns = 1;
@@ -1540,11 +1586,17 @@ static inline int run_interrupted(run *r, const char *self) {
   return 128 + (int)stop_signal;
 }
 
+/* ---- model files ------------------------------------------------------------------ */
+
 /* DIR/model.safetensors, or the file itself; to be freed. */
 static inline char *model_path(const char *place) {
   text path = {NULL, 0, 0};
-  if (is_directory(place)) return path_in(place, "model.safetensors");
-  text_add(&path, "%s", place);
+  if (!*place) fail(2, "DIR|FILE is empty: name a run's folder or a model file");
+  if (is_directory(place)) path.s = path_in(place, "model.safetensors");
+  else text_add(&path, "%s", place);
+  if (!file_exists(path.s))
+    fail(1, "cannot open %s (%s): name a run's folder or a model file", path.s,
+         strerror(errno));
   return path.s;
 }
 
@@ -1566,12 +1618,28 @@ static inline void flag_of_run(flag *f, const char *model) {
   text_free(&path);
 }
 
-/* ---- looking into a file ---------------------------------------------------------- */
-
-/* A name from a file may hold anything: what a terminal could obey becomes '?'. */
-static inline void print_plain(const char *s) {
-  for (; *s; s++) putchar((unsigned char)*s < 32 || *s == 127 ? '?' : *s);
+/* The exf.config of an open file, or an empty object. */
+static inline void config_read(json *j, const exf_st *st, const char *path) {
+  const char *config = exf_st_meta(st, "exf.config");
+  text what = {NULL, 0, 0};
+  text_add(&what, "%s: exf.config", path);
+  json_read(j, config ? config : "{}", what.s);
+  text_free(&what);
 }
+
+/* A whole number of exf.config, or `otherwise` when it is not there. */
+static inline size_t config_count(const json *j, const char *key, size_t otherwise,
+                                  const char *path) {
+  const char *value = json_find(j, key);
+  size_t n = value ? strlen(value) : 0;
+  if (!value) return otherwise;
+  if (n < 1 || n > 9 || strspn(value, "0123456789") < n)
+    fail(1, "%s: exf.config has %.40s for %s: it must be a whole number below 1e9", path,
+         value, key);
+  return strtoul(value, NULL, 10);
+}
+
+/* ---- looking into a file ---------------------------------------------------------- */
 
 /* Names, shapes, count and metadata of a safetensors file. */
 static inline void print_info(const char *path) {
@@ -1613,12 +1681,14 @@ typedef struct command {
 } command;
 
 static inline int command_info(int argc, char **argv) {
-  const char *path = NULL;
-  char usage[64];
-  snprintf(usage, sizeof usage, "%s info FILE", program_name);
-  flags_parse(NULL, 0, argc, argv, &path, usage);
-  if (!path) fail(2, "no file named: usage: %s", usage);
+  const char *place = NULL;
+  char usage[64], *path;
+  snprintf(usage, sizeof usage, "%s info DIR|FILE", program_name);
+  flags_parse(NULL, 0, argc, argv, &place, usage);
+  if (!place) fail(2, "no file named: usage: %s", usage);
+  path = model_path(place);
   print_info(path);
+  free(path);
   return 0;
 }
 

@@ -517,8 +517,10 @@ static inline int picture_decode(const unsigned char *in, size_t n, picture *out
     size_t i, c;
     unsigned char *rgba = n > 0x7FFFFFFF ? NULL
       : stbi_load_from_memory(in, (int)n, &width, &height, &channels, 4);
+    const char *reason = n > 0x7FFFFFFF ? "too large" : stbi_failure_reason();
     if (!rgba) return refuse(w, "%s (PNG, JPEG, BMP and PNM are read, sides up to %d)",
-                             n > 0x7FFFFFFF ? "too large" : stbi_failure_reason(),
+                             reason && *reason ? reason
+                                               : "the file is cut short or damaged",
                              IMAGE_MAX_SIDE);
     out->width = (size_t)width;
     out->height = (size_t)height;
@@ -601,8 +603,9 @@ static inline void picture_fit(picture *p, size_t channels, size_t size,
 
 static inline int picture_read(const char *path, picture *p, why *w) {
   size_t n;
-  unsigned char *data = read_file(path, &n);
-  int ok = picture_decode(data, n, p, w);
+  unsigned char *data = file_bytes(path, &n);
+  int ok = data ? picture_decode(data, n, p, w)
+                : refuse(w, "it cannot be read (%s)", strerror(errno));
   free(data);
   return ok;
 }

@@ -50,7 +50,7 @@ static void train_defaults(trainer *c) {
     {"images", 's', FLAG_DATA, &c->from.images, 0, 0, NULL,
      "folder of pictures, a sub-folder per class", 0, NULL},
     {"size", 'u', FLAG_TRAINING, &c->from.size, -1, IMAGE_MAX_SIDE, NULL,
-     "side all are resized to; null: the IDX file's, else 28", 0, NULL},
+     "side all are resized to; null or 0: the IDX file's, else 28", 0, NULL},
     {"skip-bad", 'b', FLAG_TRAINING, &c->from.skip_bad, 0, 0, NULL,
      "leave out pictures that cannot be read", 0, NULL},
     {"classes", 'u', FLAG_TRAINING, &c->from.classes, 2, 256, NULL, "of IDX files", 0,
@@ -77,7 +77,7 @@ static void train_defaults(trainer *c) {
     {"ema", 'x', FLAG_TRAINING, &c->ema_decay, 0, 0.999999999, NULL,
      "decay of a moving average of the weights; 0: none", 0, NULL},
     {"init", 's', FLAG_TRAINING, &c->init, 0, 0, NULL,
-     "start from a dense model.safetensors and upcycle it", 0, NULL}};
+     "start from a dense model, DIR|FILE, and upcycle it", 0, NULL}};
   const int n = (int)(sizeof own / sizeof own[0]);
   memset(c, 0, sizeof *c);
   c->r.s = s;
@@ -132,7 +132,9 @@ static void train_pixels(trainer *c, const char *name) {
   text mine = {NULL, 0, 0};
   json j;
   if (r->s.resume) {
-    json_read(&j, r->data.s, "the checkpoint's exf.data");
+    char *what = path_in(r->s.out, "checkpoint.safetensors: exf.data");
+    json_read(&j, r->data.s, what);
+    free(what);
     if (!numbers_read(&j, "mean", g->mean, g->channels)
         || !numbers_read(&j, "std", g->std, g->channels)) g->std[0] = 0;
     json_free(&j);
@@ -151,21 +153,22 @@ static void train_pixels(trainer *c, const char *name) {
 }
 
 /* Data, and the sizes of the model: from data and flags, or from the file of --init,
-   which is returned open. */
-static exf_st *train_data(trainer *c) {
+   which is returned open, with its path, to be freed. */
+static exf_st *train_data(trainer *c, char **path) {
   run *r = &c->r;
   vit *g = &c->g;
   const double drop_path = g->drop_path;
   const char *name;
   exf_st *st = NULL;
   if (*c->init && !r->s.resume) {
-    st = open_tensors(r->ctx, c->init);
-    geometry_read(st, c->init, (size_t)r->s.heads, g);
-    flag_agree(r->flags, r->n_flags, "layers", g->n_layers, c->init);
-    flag_agree(r->flags, r->n_flags, "heads", g->n_heads, c->init);
-    flag_agree(r->flags, r->n_flags, "width", g->width, c->init);
-    flag_agree(r->flags, r->n_flags, "patch", g->patch, c->init);
-    flag_agree(r->flags, r->n_flags, "size", g->size, c->init);
+    *path = model_path(c->init);
+    st = open_tensors(r->ctx, *path);
+    geometry_read(st, *path, (size_t)r->s.heads, g);
+    flag_agree(r->flags, r->n_flags, "layers", g->n_layers, *path);
+    flag_agree(r->flags, r->n_flags, "heads", g->n_heads, *path);
+    flag_agree(r->flags, r->n_flags, "width", g->width, *path);
+    flag_agree(r->flags, r->n_flags, "patch", g->patch, *path);
+    flag_agree(r->flags, r->n_flags, "size", g->size, *path);
   }
   name = train_source(c);
   if (st) vit_check_set(g, &c->set, name);
@@ -265,6 +268,7 @@ static void ema_begin(trainer *c) {
     char *name = ema_name(r->step), *path = path_in(r->s.out, name);
     exf_st *st = open_tensors(r->ctx, path);
     exf_model_load(c->average.model, st);
+    check_load(r->ctx, path);
     exf_st_close(st);
     free(path);
     free(name);
@@ -413,12 +417,13 @@ static int train(int argc, char **argv) {
   run *r = &c.r;
   exf_st *st;
   exf_fusion_desc fusion;
+  char *init = NULL;
   int code = 0;
   train_defaults(&c);
   run_flags(r, argc, argv, quick, (int)(sizeof quick / sizeof *quick / 2),
             "vit train [flags]");
   run_context(r);
-  st = train_data(&c);
+  st = train_data(&c, &init);
   train_plan(&c);
   if (run_is_finished(r)) {
     train_free(&c);
@@ -432,9 +437,11 @@ static int train(int argc, char **argv) {
   r->validate = train_validate;
   r->clear = ema_clear;
   if (st) exf_model_load(c.g.model, st);
+  if (st) check_load(r->ctx, init);
   if (st && r->s.ffn != EXF_DENSE) exf_model_upcycle(c.g.model, &fusion);
   check(r->ctx);
   exf_st_close(st);
+  free(init);
   run_begin(r);
   if (c.ema_decay > 0) {
     ema_begin(&c);
@@ -454,19 +461,22 @@ static int train(int argc, char **argv) {
 /* ---- predict, eval, main ---------------------------------------------------------- */
 
 static void predict_one(exf_ctx *ctx, const vit *g, const image_set *names,
-                        const char *path) {
+                        const char *model, const char *path) {
   const lens view = lens_new(g->channels, g->size, g->patch, g->mean, g->std);
   unsigned char *pixels = (unsigned char *)memory(g->channels * g->size, g->size);
   const unsigned char *drawn = pixels;
   exf_tensor *x = vit_input(ctx, g, 1), *p;
   picture p_in;
+  double sum = 0;
   size_t k, i, best;
   why w;
-  if (!picture_read(path, &p_in, &w)) fail(1, "%s: %s", path, w.s);
+  if (!picture_read(path, &p_in, &w)) fail(1, "%s: %s; give another picture", path, w.s);
   picture_fit(&p_in, g->channels, g->size, pixels);
   if (x) lens_patches(&view, pixels, 0, 0, 0, x->data);
   p = exf_softmax(ctx, vit_forward(ctx, g, x));         /* (1,K) */
   check(ctx);
+  for (i = 0; i < g->n_classes; i++) sum += (double)p->data[i];
+  check_finite(sum, model);
   printf("%s\n", path);
   draw_pictures(&drawn, 1, g->channels, g->size);
   for (k = 0; k < 3 && k < g->n_classes; k++) {
@@ -482,23 +492,23 @@ static void predict_one(exf_ctx *ctx, const vit *g, const image_set *names,
 }
 
 static int predict(int argc, char **argv) {
+  const char *usage = "vit predict DIR|FILE IMAGE...";
   exf_ctx *ctx;
   vit g;
   image_set names;
+  char *path;
   int i;
-  if (argc > 2 && (strcmp(argv[2], "--help") == 0 || strcmp(argv[2], "-h") == 0)) {
-    puts("usage: vit predict DIR|FILE IMAGE...");
-    return 0;
-  }
-  for (i = 2; i < argc; i++)
-    if (argv[i][0] == '-') flag_expect(NULL, 0, argv[i] + strspn(argv[i], "-"), "");
-  if (argc < 4) fail(2, "%s: usage: vit predict DIR|FILE IMAGE...",
-                     argc < 3 ? "no model named" : "no picture named");
+  for (i = 2; i < argc; i++)      /* ends with --help, or with an unknown flag */
+    if (argv[i][0] == '-' && argv[i][1])
+      flags_parse(NULL, 0, 3, argv + i - 2, NULL, usage);
+  if (argc < 4) fail(2, "%s: usage: %s", argc < 3 ? "no model named" : "no picture named",
+                     usage);
   ctx = exf_ctx_new(NULL);
   check(ctx);
-  free(open_model(ctx, argv[2], &g, &names, NULL));
+  path = open_model(ctx, argv[2], &g, &names, NULL);
   exf_grad_set(ctx, 0);
-  for (i = 3; i < argc; i++) predict_one(ctx, &g, &names, argv[i]);
+  for (i = 3; i < argc; i++) predict_one(ctx, &g, &names, path, argv[i]);
+  free(path);
   image_set_free(&names);
   vit_free(&g);
   exf_ctx_free(ctx);
@@ -540,6 +550,7 @@ static int eval(int argc, char **argv) {
   from = source_read(&set, &s, seed);
   vit_check_set(&g, &set, from);
   e = evaluate(ctx, &g, NULL, &set, splits[split], 1);
+  check_finite(e.m.val_loss, path);
   print_confusion(&set, splits[split], e.guess);
   choice_name("val|test|train", split, name);
   printf("%s_loss %.9g   %s_accuracy %.9g   %s pictures of %s\n", name, e.m.val_loss,

@@ -233,7 +233,7 @@ static inline void geometry_read(const exf_st *st, const char *path, size_t head
   const exf_st_entry *proj = exf_st_find(st, "patch_embed.proj.weight");
   const exf_st_entry *head = exf_st_find(st, "head.weight");
   const exf_st_entry *fc1 = exf_st_find(st, "blocks.0.mlp.fc1.weight");
-  const char *config = exf_st_meta(st, "exf.config"), *value;
+  const char *value;
   size_t side = 0, c;
   char name[64];
   json j;
@@ -258,9 +258,8 @@ static inline void geometry_read(const exf_st *st, const char *path, size_t head
   g->eps = 1e-6;
   do snprintf(name, sizeof name, "blocks.%u.norm1.weight", (unsigned)g->n_layers);
   while (exf_st_find(st, name) && ++g->n_layers < 1024);
-  g->n_heads = heads;
-  json_read(&j, config ? config : "{}", "its exf.config");
-  if ((value = json_find(&j, "num_heads")) != NULL) g->n_heads = strtoul(value, NULL, 10);
+  config_read(&j, st, path);
+  g->n_heads = config_count(&j, "num_heads", heads, path);
   if ((value = json_find(&j, "activation")) != NULL && strcmp(value, "gelu") != 0)
     fail(1, "%s: its activation is %.40s, vit has gelu: convert it", path, value);
   if (!numbers_read(&j, "mean", g->mean, g->channels)
@@ -296,7 +295,7 @@ static inline char *open_model(exf_ctx *ctx, const char *place, vit *g, image_se
          "--steps 0 gives it them", path);
   vit_build(g, ctx, NULL);
   exf_model_load(g->model, st);
-  check(ctx);
+  check_load(ctx, path);
   if (seed) *seed = s ? strtoull(s, NULL, 10) : 1;
   if (names) memset(names, 0, sizeof *names);
   if (names && labels && !names_read(names, labels, g->n_classes))

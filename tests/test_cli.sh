@@ -37,11 +37,15 @@ refused "unknown upcycle" 2 "zerosum" train --upcycle zerosun
 refused "no experts" 2 "experts" train --ffn mb --experts 0
 refused "heads do not divide" "1 2" "heads" train --data $dir/text.txt --width 32 --heads 3 \
   --out $dir/never
+refused "no such short flag" 2 "unknown flag --n:" train --n 3
+refused "only dashes" 2 "unknown flag --:" train --
 refused "empty --out" 2 "--out is empty: name a folder" train --out= --data $dir/none
 refused "dropout of 1" 2 "dropout" train --dropout 1
 refused "batch 0" 2 "batch" train --batch 0
 ok "nothing was written" [ ! -e $dir/never ]
 ok "--help" sh -c "'$charlm' --help | grep -q train"
+ok "--help tells of thinned rows" sh -c "'$charlm' train --help \
+  | grep -q 'weights.csv thins'"
 ok "train --help" sh -c "'$charlm' train --help | grep -q -e --upcycle"
 
 # ---- data and folders
@@ -246,10 +250,29 @@ ok "n characters" [ "$(wc -c < $dir/s1.txt)" -ge 50 ]
 ok "greedy" "$charlm" sample $model -n 20 --temperature 0
 ok "top-k and top-p" "$charlm" sample $model -n 20 --top-k 3 --top-p 0.5
 refused "prompt outside the vocabulary" 1 "64" sample $model --prompt @
+refused "prompt of two bytes" 1 "$(printf '\303\274 of code 252')" sample $model \
+  --prompt "$(printf '1\303\274')"
+refused "empty place" 2 "name a run's folder or a model" sample ""
+refused "no such place" 1 "name a run's folder or a model" sample $dir/nowhere
+ok "info of a folder" "$charlm" info $dir/one
+ok "--init of a folder" train folder --steps 0 --init $dir/dense
 nan_weights $model > $dir/nan.safetensors
-refused "NaN is no start" 1 "validation loss is not finite" train --data $dir/text.txt \
+refused "NaN is no loss" 1 "nan.safetensors: .*not finite" eval $dir/nan.safetensors \
+  --data $dir/text.txt
+refused "nor a text" 1 "nan.safetensors: .*not finite" sample $dir/nan.safetensors
+refused "nor a start" 1 "validation loss is not finite" train --data $dir/text.txt \
   --init $dir/nan.safetensors --steps 0 --quiet --out $dir/nan-init
 ok "it is not saved" test ! -e $dir/nan-init/model.safetensors
+sed 's/{\\"n_layer\\"/(\\"n_layer\\"/' $model > $dir/config.safetensors
+refused "exf.config is no object" 1 "config.safetensors: exf.config is not" sample \
+  $dir/config.safetensors
+sed 's/\\"n_head\\":2,\\"n_embd\\":32/\\"n_head\\":-2,\\"n_embd\\":2/' $model \
+  > $dir/heads.safetensors
+refused "heads below 0" 1 "heads.safetensors: exf.config has -2 for n_head" sample \
+  $dir/heads.safetensors
+sed 's/h.1.ln_2.weight/h.1.ln-2.weight/' $model > $dir/other.safetensors
+refused "a tensor that is not the model's" 1 "other.safetensors: load: " sample \
+  $dir/other.safetensors
 head -c 3000 $model > $dir/cut.safetensors
 head -c 5 $model > $dir/stub.safetensors
 printf '<!DOCTYPE html><html>no</html>' > $dir/html.safetensors

@@ -37,6 +37,9 @@ refused "two sources" 2 "give one" train --data $idx --images $idx
 refused "epochs" 2 "epochs" train --epochs many
 refused "steps" 2 "whole number from 0" train --steps -3
 refused "two sources to evaluate" 2 "give one" eval $dir/one --data $idx --images $idx
+ok "help says what --size 0 is" sh -c "'$vit' train --help | grep -q 'null or 0:'"
+ok "predict: --help anywhere" sh -c "'$vit' predict a b --help | grep -q '^usage'"
+refused "predict: unknown flag" 2 "unknown flag --x:" predict a --x b
 refused "smoothing" 2 "label-smoothing" train --label-smoothing 1
 refused "no model" 2 "usage" eval
 refused "no picture" 2 "no picture" predict $dir/one
@@ -195,6 +198,13 @@ ok "predict" "$vit" predict $dir/dense $dir/zero.pgm $dir/zero.pgm
 ok "predict: three classes, twice" [ "$(grep -c '%  ' $dir/ok.out)" = 6 ]
 ok "predict: the first is likeliest" awk '/%/ { if (n++ % 3 && $1 > last) exit 1
   last = $1 }' $dir/ok.out
+refused "a picture named -" 1 "vit: -: it cannot be read" predict $dir/dense -
+nan_weights $dir/one/model.safetensors > $dir/nan.safetensors
+refused "NaN is no probability" 1 "nan.safetensors: .*not finite" predict \
+  $dir/nan.safetensors $dir/zero.pgm
+refused "nor a loss" 1 "nan.safetensors: .*not finite" eval $dir/nan.safetensors \
+  --data $idx
+ok "--init of a folder" train folder --steps 0 --init $dir/dense
 cp -r $dir/one $dir/bad-run
 sed 's/"classes": 10/"classes": "x"/' $dir/one/run.json > $dir/bad-run/run.json
 refused "a flag of run.json" 2 "bad-run/run.json: --classes takes" eval $dir/bad-run
@@ -238,6 +248,15 @@ ok "--skip-bad" "$vit" train --images $folder --skip-bad ${small%--quiet*} --thr
   --out $dir/skip
 cp $dir/ok.out $dir/skip.out
 ok "it counts them" grep -q '1 could not be read' $dir/skip.out
+ln -s nowhere $folder/A/0.pgm
+# shellcheck disable=SC2086
+ok "--skip-bad of a dangling link" "$vit" train --images $folder --skip-bad \
+  ${small%--quiet*} --threads 1 --out $dir/skip
+cp $dir/ok.out $dir/skip.out
+ok "it counts it" grep -q '2 could not be read' $dir/skip.out
+refused "a dangling link" 1 "A/0.pgm: it cannot be read .*--skip-bad" train \
+  --images $folder --patch 4 --out $dir/never
+rm $folder/A/0.pgm
 mkdir $folder/empty
 refused "an empty class" 1 "pnm/empty: no picture" train --images $folder --skip-bad \
   --patch 4 --out $dir/never
