@@ -317,7 +317,6 @@ static void train_finish(charlm *c, const char *self) {
   merge_result m;
   gpt merged;
   vocabulary v;
-  text next = {NULL, 0, 0};
   run_save_results(r);
   free(open_model(r->ctx, r->s.out, &merged, &v));
   m = evaluate_validation(c, &merged);
@@ -327,9 +326,7 @@ static void train_finish(charlm *c, const char *self) {
     m.gap = m.val_loss - evaluate_validation(c, NULL).val_loss;
     exf_routing_set(r->ctx, 0);
   }
-  text_add(&next, "%s sample", self);
-  run_finish(r, &m, NULL, "nats per character", next.s);
-  text_free(&next);
+  run_finish(r, &m, NULL, "nats per character", self, "sample");
 }
 
 static int train(int argc, char **argv) {
@@ -522,8 +519,10 @@ static int eval(int argc, char **argv) {
   e = evaluate(ctx, &g, NULL, d.tokens + begin, n);
   check_finite(e.val_loss, path);
   choice_name(flags[1].choices, split, name);
-  printf("%s_loss %.9g   nats per character (%.4f bits), %s characters of %s\n", name,
-         e.val_loss, e.val_loss / log(2), commas(e.n), data);
+  printf("%s_loss %.9g   nats per character (%.4f bits), %s characters of ", name,
+         e.val_loss, e.val_loss / log(2), commas(e.n));
+  print_plain(data);
+  printf("\n");
   gpt_free(&g);
   exf_ctx_free(ctx);
   flags_free(flags, 2);

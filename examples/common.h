@@ -66,6 +66,14 @@ static inline void fail(int code, const char *format, ...) {
   exit(code);
 }
 
+/* Ends the program unless all that was printed has arrived. */
+static inline void stdout_check(void) {
+  errno = 0;
+  if (fflush(stdout) == 0 && !ferror(stdout)) return;
+  fail(1, "cannot write to stdout (%s): free the disk, or mend the pipe",
+       errno ? strerror(errno) : "an earlier write failed");
+}
+
 /* Zeroed memory for n things of `size` bytes. */
 static inline void *memory(size_t n, size_t size) {
   void *block = calloc(n ? n : 1, size ? size : 1);
@@ -168,6 +176,22 @@ static inline void print_plain(const char *s) {
   for (; *s; s++) putchar(is_control(*s) ? '?' : *s);
 }
 
+/* A word of a command to be pasted into a shell. */
+static inline void print_word(const char *s) {
+  size_t bare = strspn(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+                          "_./+:=@%,-");
+  if (*s && !s[bare]) {
+    print_plain(s);
+    return;
+  }
+  putchar('\'');
+  for (; *s; s++) {
+    if (*s == '\'') printf("'\\''");
+    else putchar(is_control(*s) ? '?' : *s);
+  }
+  putchar('\'');
+}
+
 /* ---- files ------------------------------------------------------------------------ */
 
 /* "dir/name", to be freed. */
@@ -252,9 +276,8 @@ static inline exf_st *open_tensors(exf_ctx *ctx, const char *path) {
 
 /* To stdout, at once. */
 static inline void put_bytes(const void *bytes, size_t n) {
-  if (fwrite(bytes, 1, n, stdout) != n || fflush(stdout) != 0)
-    fail(1, "cannot write to stdout (%s): free the disk, or mend the pipe",
-         strerror(errno));
+  fwrite(bytes, 1, n, stdout);
+  stdout_check();
 }
 
 /* FNV-1a, to recognise a data file. */
@@ -736,6 +759,7 @@ static inline void flags_parse(flag *flags, int n, int argc, char **argv,
     flag *f;
     if (strcmp(a, "--help") == 0 || strcmp(a, "-h") == 0) {
       flags_help(flags, n, usage);
+      stdout_check();
       exit(0);
     }
     if (dashes == 0 || !a[1]) {
@@ -1213,7 +1237,9 @@ static inline int run_is_finished(const run *r) {
   if (r->step > r->steps)
     fail(1, "the checkpoint in %s is of step %s of a run of %s: start a new run",
          r->s.out, commas((size_t)r->step), commas((size_t)r->steps));
-  if (!r->s.quiet) printf("%s is finished: nothing to resume\n", r->s.out);
+  if (r->s.quiet) return 1;
+  print_plain(r->s.out);
+  printf(" is finished: nothing to resume\n");
   return 1;
 }
 
@@ -1476,7 +1502,9 @@ static inline void run_announce(const run *r, const char *model, const char *dat
   if (r->s.ffn != EXF_DENSE)
     printf(", %s expert%s fused into one", commas((size_t)r->s.experts),
            r->s.experts > 1 ? "s" : "");
-  printf("\ndata    %s\nparams  %s while training, %s merged\nrun     ", data,
+  printf("\ndata    ");
+  print_plain(data);
+  printf("\nparams  %s while training, %s merged\nrun     ",
          commas(exf_model_count(r->model)), commas(exf_model_count_merged(r->model)));
   if (r->first) printf("resumed after step %s of ", commas((size_t)r->first));
   printf("%s steps, seed %llu, %s, %d thread%s", commas((size_t)r->steps),
@@ -1553,9 +1581,10 @@ static inline void run_summary(run *r, const merge_result *m, const text *more) 
   text_free(&t);
 }
 
-/* Writes the summary and, last, the checkpoint; tells the results. unit: of the loss. */
+/* Writes the summary and, last, the checkpoint; tells the results. unit: of the loss.
+   next: the command of this program to go on with. */
 static inline void run_finish(run *r, const merge_result *m, const text *more,
-                              const char *unit, const char *next) {
+                              const char *unit, const char *self, const char *next) {
   run_summary(r, m, more);
   run_save_checkpoint(r);
   if (r->s.quiet) return;
@@ -1571,18 +1600,26 @@ static inline void run_finish(run *r, const merge_result *m, const text *more,
          commas(m->n), m->max_diff);
   if (m->gap < 0 || m->gap > 0)
     printf("gap     %.6f: loss with the bank minus loss with the router\n", m->gap);
-  printf("files   %s: model.safetensors (dense), checkpoint.safetensors, log.csv,\n"
-         "        weights.csv, summary.json, run.json\nnext    %s %s\n", r->s.out, next,
-         r->s.out);
+  printf("files   ");
+  print_plain(r->s.out);
+  printf(": model.safetensors (dense), checkpoint.safetensors, log.csv,\n"
+         "        weights.csv, summary.json, run.json\nnext    ");
+  print_word(self);
+  printf(" %s ", next);
+  print_word(r->s.out);
+  printf("\n");
 }
 
 /* A run that was stopped says how to go on, and exits as the shell expects. */
 static inline int run_interrupted(run *r, const char *self) {
   run_save(r);
-  if (!r->s.quiet)
-    printf("stopped after step %s of %s; to continue:\n"
-           "        %s train --out %s --resume\n", commas((size_t)r->step),
-           commas((size_t)r->steps), self, r->s.out);
+  if (r->s.quiet) return 128 + (int)stop_signal;
+  printf("stopped after step %s of %s; to continue:\n        ", commas((size_t)r->step),
+         commas((size_t)r->steps));
+  print_word(self);
+  printf(" train --out ");
+  print_word(r->s.out);
+  printf(" --resume\n");
   return 128 + (int)stop_signal;
 }
 
@@ -1697,7 +1734,7 @@ static inline int command_info(int argc, char **argv) {
 static inline int command_run(const char *program, const command *list, int n, int argc,
                               char **argv) {
   char names[64] = "", usage[192];
-  int i;
+  int i, code = 0;
   program_name = program;
   for (i = 0; i < n; i++) {
     if (i) strcat(names, "|");
@@ -1706,10 +1743,10 @@ static inline int command_run(const char *program, const command *list, int n, i
   snprintf(usage, sizeof usage, "usage: %s %s ...  (%s %s --help lists the flags of %s, "
            "and so on)", program, names, program, list[0].name, list[0].name);
   if (argc < 2) fail(2, "no command: %s", usage);
-  if (strcmp(argv[1], "--help") != 0 && strcmp(argv[1], "-h") != 0)
-    return list[choice_find(names, argv[1], "the command")].run(argc, argv);
-  puts(usage);
-  return 0;
+  if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) puts(usage);
+  else code = list[choice_find(names, argv[1], "the command")].run(argc, argv);
+  stdout_check();
+  return code;
 }
 
 #endif /* EXF_EXAMPLES_COMMON_H */

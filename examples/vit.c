@@ -329,7 +329,7 @@ static void train_finish(trainer *c, const char *self) {
   run *r = &c->r;
   vit merged;
   score val, test, last;
-  text more = {NULL, 0, 0}, next = {NULL, 0, 0};
+  text more = {NULL, 0, 0};
   double ms = run_ms_per_step(r);
   run_save_results(r);
   free(open_model(r->ctx, r->s.out, &merged, NULL, NULL));
@@ -361,7 +361,6 @@ static void train_finish(trainer *c, const char *self) {
   summary_number(&more, "images_per_s",
                  ms > 0 ? 1e3 * (double)(r->s.batch * r->s.accum) / ms : 0);
   more.s[0] = ',';
-  text_add(&next, "%s eval", self);
   if (!r->s.quiet) {
     print_confusion(&c->set, SPLIT_TEST, test.guess);
     print_most_wrong(&c->set, SPLIT_TEST, test.guess, test.loss);
@@ -372,9 +371,8 @@ static void train_finish(trainer *c, const char *self) {
   }
   if (test.m.max_diff > val.m.max_diff) val.m.max_diff = test.m.max_diff;
   val.m.n += test.m.n;
-  run_finish(r, &val.m, &more, "nats per picture", next.s);
+  run_finish(r, &val.m, &more, "nats per picture", self, "eval");
   text_free(&more);
-  text_free(&next);
   free(test.guess);
   free(test.loss);
 }
@@ -477,7 +475,8 @@ static void predict_one(exf_ctx *ctx, const vit *g, const image_set *names,
   check(ctx);
   for (i = 0; i < g->n_classes; i++) sum += (double)p->data[i];
   check_finite(sum, model);
-  printf("%s\n", path);
+  print_plain(path);
+  printf("\n");
   draw_pictures(&drawn, 1, g->channels, g->size);
   for (k = 0; k < 3 && k < g->n_classes; k++) {
     for (best = i = 0; i < g->n_classes; i++)
@@ -553,8 +552,10 @@ static int eval(int argc, char **argv) {
   check_finite(e.m.val_loss, path);
   print_confusion(&set, splits[split], e.guess);
   choice_name("val|test|train", split, name);
-  printf("%s_loss %.9g   %s_accuracy %.9g   %s pictures of %s\n", name, e.m.val_loss,
-         name, e.accuracy, commas(e.m.n), from);
+  printf("%s_loss %.9g   %s_accuracy %.9g   %s pictures of ", name, e.m.val_loss, name,
+         e.accuracy, commas(e.m.n));
+  print_plain(from);
+  printf("\n");
   free(e.guess);
   free(e.loss);
   image_set_free(&set);

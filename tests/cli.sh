@@ -38,6 +38,17 @@ refused() {
   fi
 }
 
+# lost NAME ARGUMENTS...: what is printed cannot be written, which is told in one line
+lost() {
+  name=$1
+  shift
+  if [ ! -c /dev/full ]; then echo "skipped $name: no /dev/full"; return; fi
+  "$program" "$@" > /dev/full 2> $dir/lost.err < /dev/null
+  status=$?
+  ok "$name" test $status = 1 -a "$(wc -l < $dir/lost.err)" = 1
+  ok "$name: the line" grep -q 'cannot write to stdout' $dir/lost.err
+}
+
 # nan_weights MODEL: its header, and only NaN behind it
 nan_weights() {
   n=$((8 + $(od -An -tu4 -N4 "$1")))

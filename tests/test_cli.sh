@@ -256,6 +256,16 @@ refused "empty place" 2 "name a run's folder or a model" sample ""
 refused "no such place" 1 "name a run's folder or a model" sample $dir/nowhere
 ok "info of a folder" "$charlm" info $dir/one
 ok "--init of a folder" train folder --steps 0 --init $dir/dense
+for command in "eval $dir/one" "info $model" "--help" "train --help"; do
+  # shellcheck disable=SC2086
+  lost "$command, lost" $command
+done
+lost "a whole run, lost" train --data $dir/text.txt --quick --steps 1 --out $dir/lost
+tab=$(printf '\t')
+"$charlm" train --data $dir/text.txt --quick --steps 1 --out "$dir/my '${tab}runs" \
+  > $dir/quoted.out
+ok "commands can be pasted" grep -q "sample '$dir/my '\\\\''?runs'\$" $dir/quoted.out
+ok "no control character is printed" sh -c "! grep -q '$tab' $dir/quoted.out"
 nan_weights $model > $dir/nan.safetensors
 refused "NaN is no loss" 1 "nan.safetensors: .*not finite" eval $dir/nan.safetensors \
   --data $dir/text.txt

@@ -199,6 +199,8 @@ ok "predict: three classes, twice" [ "$(grep -c '%  ' $dir/ok.out)" = 6 ]
 ok "predict: the first is likeliest" awk '/%/ { if (n++ % 3 && $1 > last) exit 1
   last = $1 }' $dir/ok.out
 refused "a picture named -" 1 "vit: -: it cannot be read" predict $dir/dense -
+lost "predict, lost" predict $dir/dense $dir/zero.pgm
+lost "eval, lost" eval $dir/one
 nan_weights $dir/one/model.safetensors > $dir/nan.safetensors
 refused "NaN is no probability" 1 "nan.safetensors: .*not finite" predict \
   $dir/nan.safetensors $dir/zero.pgm
