@@ -201,18 +201,23 @@ if command -v timeout > /dev/null 2>&1; then
     --quiet > $dir/int.out 2>&1
   status=$?
   rows=$(wc -l < $dir/parts/log.csv 2> /dev/null || echo 0)
-  if [ $status = 0 ]; then echo "skipped Ctrl-C: the run was too fast"; else
+  if [ $status = 0 ]; then echo "skipped Ctrl-C: the run was too fast"
+  elif [ ! -s $dir/parts/log.csv ]; then
+    echo "skipped stopping: it was stopped before it began"
+  else
     ok "Ctrl-C exits with 130" [ $status = 130 ]
     ok "it came before the end" [ "$rows" -lt 1501 ]
     ok "a checkpoint is there" test -s $dir/parts/checkpoint.safetensors
   fi
-  # killed outright, then resumed from what was saved last
-  timeout -s KILL 0.4 "$charlm" train --resume --out $dir/parts --save-every 20 --quiet \
-    > /dev/null 2>&1
-  ok "--resume" "$charlm" train --resume --out $dir/parts --quiet --threads 2
-  ok "as if never stopped" same_run $dir/whole $dir/parts
-  ok "the same checkpoint" same $dir/whole/checkpoint.safetensors \
-    $dir/parts/checkpoint.safetensors
+  if [ -s $dir/parts/log.csv ]; then
+    # killed outright, then resumed from what was saved last
+    timeout -s KILL 0.4 "$charlm" train --resume --out $dir/parts --save-every 20 --quiet \
+      > /dev/null 2>&1
+    ok "--resume" "$charlm" train --resume --out $dir/parts --quiet --threads 2
+    ok "as if never stopped" same_run $dir/whole $dir/parts
+    ok "the same checkpoint" same $dir/whole/checkpoint.safetensors \
+      $dir/parts/checkpoint.safetensors
+  fi
 else
   echo "skipped stopping: no timeout command"
 fi
