@@ -35,13 +35,15 @@ SECONDS = 15
 SECTIONS = {
     "kernels": ("-optim", "-exfusion", "*ops", "-golden", "+kernels"),
     "fast": ("+kernels",),
-    "optim_impl": ("-optim", "-exfusion", "*algebra", "-golden", "*faults", "-resume"),
-    "schedule": ("-optim", "-exfusion"),
-    "merged": ("-optim", "-exfusion", "*algebra", "*faults", "!optim"),
+    "optim_impl": ("-optim", "-exfusion", "-misuse", "*algebra", "-golden", "*faults",
+                   "-resume"),
+    "schedule": ("-optim", "-exfusion", "-misuse"),
+    "merged": ("-optim", "-exfusion", "-misuse", "*algebra", "*faults", "!optim"),
     "files": ("*safetensors", "-power", "*faults"),
     "safetensors": ("*safetensors", "-malicious", "!safetensors"),
     "st-writer": ("*safetensors", "-power", "*faults", "!safetensors"),
-    "checkpoint": ("-power", "-exfusion", "*safetensors", "*faults", "-resume"),
+    "checkpoint": ("-power", "-exfusion", "-misuse", "*safetensors", "*faults",
+                   "-resume"),
 }
 WEIGHT = {"kernels": 4, "fast": 4, "optim_impl": 3, "safetensors": 4, "st-writer": 2,
           "checkpoint": 2, "files": 1, "schedule": 1, "merged": 1}

@@ -176,7 +176,7 @@ TEST(one_call_of_backward_per_tape) {
 
 TEST(a_checkpoint_begins_without_gradients) {
   lone l = lone_new();
-  exf_optim *o = sgd(l.model, 0);
+  exf_optim *o = sgd(l.model, 0.5);
   exf_st *st;
   CHECK(exf_checkpoint_save(l.model, o, FILE_NAME, NULL, 0) == EXF_OK);
   exf_backward(l.ctx, sum_of(l.ctx, l.w));
@@ -184,6 +184,10 @@ TEST(a_checkpoint_begins_without_gradients) {
   CHECK(exf_checkpoint_load(l.model, o, st) == EXF_OK);
   exf_backward(l.ctx, sum_of(l.ctx, l.w));
   CHECK(l.w->grad[0] == 1);
+  CHECK(exf_checkpoint_load(l.model, NULL, st) == EXF_OK);   /* moments are passed over */
+  ones(l.model, "v", exf_shape1(1));
+  CHECK(exf_checkpoint_load(l.model, NULL, st) == EXF_MISMATCH);
+  CHECK_ERR(l.ctx, EXF_MISMATCH, "'v' is missing");
   exf_st_close(st);
   exf_optim_free(o);
   lone_free(&l);
@@ -229,6 +233,24 @@ TEST(checkpoints_of_another_fusion_are_refused) {
     lone_free(&l);
     lone_free(&m);
   }
+}
+
+/* FFNs in a row that are alike are told once. */
+TEST(checkpoints_tell_the_fusion_of_every_ffn) {
+  static const exf_variant variant[] = {EXF_DW, EXF_DW, EXF_DENSE, EXF_MB, EXF_DENSE};
+  lone l = lone_new();
+  exf_st *st;
+  int i;
+  for (i = 0; i < 5; i++) {
+    char name[] = "mlp0";
+    name[3] = (char)('0' + i);
+    ffn_of(l.model, name, variant[i]);
+  }
+  CHECK(exf_checkpoint_save(l.model, NULL, FILE_NAME, NULL, 0) == EXF_OK);
+  st = exf_st_open(l.ctx, FILE_NAME, NULL);
+  CHECK_STR(exf_st_meta(st, "exf.fusion"), "2 x dw 4, 1 x dense, 1 x mb 4, 1 x dense");
+  exf_st_close(st);
+  lone_free(&l);
 }
 
 TEST(averages_count_as_training) {
@@ -433,6 +455,7 @@ int main(void) {
   RUN(a_checkpoint_begins_without_gradients);
   RUN(checkpoints_of_a_stale_or_foreign_optimizer_are_refused);
   RUN(checkpoints_of_another_fusion_are_refused);
+  RUN(checkpoints_tell_the_fusion_of_every_ffn);
   RUN(averages_count_as_training);
   RUN(numbers_out_of_range_are_refused);
   RUN(long_means_are_exact);
