@@ -520,8 +520,8 @@ typedef struct exf_desc {
   uint64_t seed;     /* key of every random number */
   int n_threads;     /* OpenMP threads; 0: as many as there are processors */
   exf_isa isa;       /* EXF_ISA_AUTO: the best this processor has */
-  void *(*alloc)(void *user, size_t bytes);     /* both or neither, NULL: */
-  void (*free)(void *user, void *block);        /* malloc and free */
+  void *(*alloc)(void *user, size_t bytes);     /* both are given, or neither: */
+  void (*free)(void *user, void *block);        /* then malloc and free */
   void *alloc_user;
   void (*log)(void *user, const char *line);    /* receives notices; NULL: none */
   void *log_user;
@@ -3220,7 +3220,7 @@ struct exf_ctx {
   size_t arena_bytes;           /* held by all chunks */
   size_t arena_used;
   struct exf__node *tape;       /* the op recorded last */
-  uint64_t n_tapes;             /* used up so far */
+  uint64_t n_tapes;             /* used up or rewound so far */
   exf__gbuf *free_gbufs;
   void **scratch;               /* (n_threads) work space of the kernels */
   size_t scratch_bytes;         /* of each */
@@ -3358,6 +3358,7 @@ EXF_API void exf_rewind(exf_ctx *ctx) {
   if (ctx->chunk) ctx->chunk->used = 0;
   ctx->arena_used = 0;
   ctx->tape = NULL;
+  ctx->n_tapes++;
   ctx->free_gbufs = NULL;
 }
 
@@ -3778,7 +3779,7 @@ typedef struct exf__node {
   exf_tensor *in[EXF_MAX_INPUTS];
   exf_tensor *out;
   struct exf__node *prev;
-  uint64_t tape;               /* how many tapes were used up before this one */
+  uint64_t tape;               /* n_tapes when it was recorded */
   int walked;                  /* by exf_backward */
   exf__args arg;
   void *saved;                 /* what forward leaves for backward */

@@ -171,6 +171,10 @@ TEST(one_call_of_backward_per_tape) {
   CHECK(exf_item(sum_of(l.ctx, exf_square(l.ctx, trunk))) == 4);   /* a value still */
   CHECK(exf_backward(l.ctx, sum_of(l.ctx, exf_square(l.ctx, trunk))) == EXF_STATE);
   CHECK_ERR(l.ctx, EXF_STATE, "input 0 of square comes from a graph");
+  one = sum_of(l.ctx, l.w);
+  exf_rewind(l.ctx);
+  CHECK(exf_backward(l.ctx, one) == EXF_STATE);
+  CHECK_ERR(l.ctx, EXF_STATE, "the tape is used up");
   lone_free(&l);
 }
 
