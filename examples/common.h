@@ -128,6 +128,10 @@ static inline void text_add(text *t, const char *format, ...) {
   t->n = need - 1;
 }
 
+static inline int text_same(const text *a, const text *b) {
+  return a->n == b->n && (a->n == 0 || memcmp(a->s, b->s, a->n) == 0);
+}
+
 static inline void text_free(text *t) {
   free(t->s);
   memset(t, 0, sizeof *t);
@@ -814,7 +818,7 @@ static inline void flags_read(flag *flags, int n, const char *source, const char
     flag_json(f, &mine);
     flag_set(f, j.field[i].value, from);
     flag_json(f, &theirs);
-    if (f->given && strcmp(mine.s, theirs.s) != 0)
+    if (f->given && !text_same(&mine, &theirs))
       fail(2, "--%s is %s here but %s in %s: leave the flag away, or start a new run",
            f->name, mine.s, theirs.s, what);
     if (!agree) f->given = 2;

@@ -240,7 +240,6 @@ static inline int inflate_codes(inflater *z, const huffman *literal,
     int s = huffman_symbol(z, literal), d;
     size_t k = 1, back;
     if (bits_overrun(z)) return 0;
-    if (s == 256) return 1;
     if (s < 0 || s > 285)
       return refuse(z->w, "gzip: byte %s: bits that are no code", commas(bits_offset(z)));
     if (s < 256) {
@@ -248,6 +247,7 @@ static inline int inflate_codes(inflater *z, const huffman *literal,
       z->out[z->made++] = (unsigned char)s;
       continue;
     }
+    if (s == 256) return 1;
     k = len_base[s - 257] + bits_take(z, len_extra[s - 257]);
     d = huffman_symbol(z, distance);
     if (d < 0 || d > 29)
@@ -692,7 +692,7 @@ static inline idx idx_read(const char *dir, const char *name, int n_dims, text *
   unsigned char *data;
   size_t n;
   idx x;
-  why w;
+  why w = {""};
   if (!found)
     fail(1, "%s has no %s, raw or .gz: --data wants a folder with the four IDX files of "
          "an MNIST-like set", dir, name);
@@ -846,7 +846,7 @@ static inline void folder_part(image_set *s, const char *path, int group, int sk
     for (i = 0; i < files.n; i++) {
       char *file = path_in(folder, files.name[i]);
       picture p;
-      why w;
+      why w = {""};
       if (picture_read(file, &p, &w))
         picture_fit(&p, 3, s->size, image_add(s, (int32_t)label, group));
       else if (skip_bad) s->skipped++;
@@ -1186,7 +1186,7 @@ static inline void print_confusion(const image_set *set, int split,
 static inline void print_most_wrong(const image_set *set, int split, const int32_t *guess,
                                     const double *loss) {
   const unsigned char *pixels[5];
-  size_t n = set->n_split[split], worst[5], k, i, j, row;
+  size_t n = set->n_split[split], worst[5] = {0}, k, i, j, row;
   for (k = 0; k < 5; k++) {
     size_t best = n;
     for (i = 0; i < n; i++) {

@@ -467,7 +467,7 @@ static void predict_one(exf_ctx *ctx, const vit *g, const image_set *names,
   picture p_in;
   double sum = 0;
   size_t k, i, best;
-  why w;
+  why w = {""};
   if (!picture_read(path, &p_in, &w)) fail(1, "%s: %s; give another picture", path, w.s);
   picture_fit(&p_in, g->channels, g->size, pixels);
   if (x) lens_patches(&view, pixels, 0, 0, 0, x->data);

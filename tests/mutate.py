@@ -39,7 +39,7 @@ SECTIONS = {
                    "-resume"),
     "schedule": ("-optim", "-exfusion", "-misuse"),
     "merged": ("-optim", "-exfusion", "-misuse", "*algebra", "*faults", "!optim"),
-    "files": ("*safetensors", "-power", "*faults"),
+    "files": ("*safetensors", "-power", "-misuse", "*faults"),
     "safetensors": ("*safetensors", "-malicious", "!safetensors"),
     "st-writer": ("*safetensors", "-power", "*faults", "!safetensors"),
     "checkpoint": ("-power", "-exfusion", "-misuse", "*safetensors", "*faults",

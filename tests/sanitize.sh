@@ -60,8 +60,9 @@ build() {
   shift 2
   case " ${only:-$name} " in *" $name "*) ;; *) return 1 ;; esac
   case $name in
-    test_faults | test_kernels | test_ops | test_ops_double | test_safetensors) object= ;;
-    test_algebra | *_double) object=$dir/double.o; set -- "$@" -DEXF_DOUBLE ;;
+    test_algebra | test_faults | test_kernels | test_ops | test_ops_double \
+      | test_safetensors) object= ;;
+    *_double) object=$dir/double.o; set -- "$@" -DEXF_DOUBLE ;;
     test_images | test_vit_golden) set -- "$@" ${stb:+"$stb"} ;;
   esac
   if [ $object ]; then

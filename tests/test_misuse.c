@@ -4,6 +4,9 @@
 #define EXFUSION_IMPLEMENTATION
 #endif
 #include "../exfusion.h"
+
+#include <errno.h>
+
 #include "test.h"
 #include "tiny_gpt.h"
 
@@ -241,18 +244,30 @@ TEST(checkpoints_of_another_fusion_are_refused) {
 
 /* FFNs in a row that are alike are told once. */
 TEST(checkpoints_tell_the_fusion_of_every_ffn) {
-  static const exf_variant variant[] = {EXF_DW, EXF_DW, EXF_DENSE, EXF_MB, EXF_DENSE};
+  static const struct { exf_variant variant; size_t n, lean; int softmax; } ffns[] = {
+    {EXF_DW, 4, 0, 0}, {EXF_DW, 4, 0, 0}, {EXF_DW, 4, 0, 1}, {EXF_DW, 3, 0, 1},
+    {EXF_DENSE, 0, 0, 0}, {EXF_MB, 4, 0, 1}, {EXF_MB, 4, 0, 0}, {EXF_SW, 2, 1, 0},
+    {EXF_SW, 3, 1, 0}, {EXF_SW, 1, 0, 0}};
   lone l = lone_new();
   exf_st *st;
-  int i;
-  for (i = 0; i < 5; i++) {
+  size_t i;
+  for (i = 0; i < sizeof ffns / sizeof *ffns; i++) {
     char name[] = "mlp0";
+    exf_ffn_desc d;
+    memset(&d, 0, sizeof d);
     name[3] = (char)('0' + i);
-    ffn_of(l.model, name, variant[i]);
+    d.width = 2;
+    d.fusion.variant = ffns[i].variant;
+    d.fusion.n_experts = ffns[i].n;
+    d.fusion.lean = ffns[i].lean;
+    d.fusion.dw_softmax = ffns[i].softmax;
+    exf_ffn_new(l.model, name, &d);
   }
   CHECK(exf_checkpoint_save(l.model, NULL, FILE_NAME, NULL, 0) == EXF_OK);
   st = exf_st_open(l.ctx, FILE_NAME, NULL);
-  CHECK_STR(exf_st_meta(st, "exf.fusion"), "2 x dw 4, 1 x dense, 1 x mb 4, 1 x dense");
+  CHECK_STR(exf_st_meta(st, "exf.fusion"),
+            "2 x dw 4, 1 x dw softmax 4, 1 x dw softmax 3, 1 x dense, 2 x mb 4, "
+            "1 x sw lean 2, 1 x sw lean 3, 1 x sw 1");
   exf_st_close(st);
   lone_free(&l);
 }
@@ -431,6 +446,33 @@ TEST(activations_of_huge_numbers_have_gradients) {
   exf_ctx_free(ctx);
 }
 
+/* A cause that an earlier call left behind is not this one's. */
+TEST(errno_from_before_does_not_matter) {
+  lone l = lone_new();
+  exf_st *st;
+  errno = EINTR;
+  CHECK(exf_model_save(l.model, FILE_NAME, NULL, 0) == EXF_OK);
+  errno = EINTR;
+  st = exf_st_open(l.ctx, FILE_NAME, NULL);
+  CHECK(exf_model_load(l.model, st) == EXF_OK);
+  exf_st_close(st);
+  lone_free(&l);
+}
+
+/* sw is plain SGD with a smaller rate, and dense AdamW: each is said of its own. */
+TEST(notices_know_the_optimizer) {
+  int adam;
+  for (adam = 0; adam < 2; adam++) {
+    lone l = lone_new();
+    exf_optim *o;
+    ffn_of(l.model, "mlp", EXF_SW);
+    o = adam ? tiny_adamw(l.model) : sgd(l.model, 0);
+    CHECK(exf_notices(l.model, o) == 1);
+    exf_optim_free(o);
+    lone_free(&l);
+  }
+}
+
 TEST(long_schedules_are_summed_quickly) {
   exf_schedule s;
   double a, b;
@@ -469,6 +511,8 @@ int main(void) {
   RUN(gradcheck_of_zero_gradients);
   RUN(caches_are_for_causal_blocks_and_their_room);
   RUN(activations_of_huge_numbers_have_gradients);
+  RUN(errno_from_before_does_not_matter);
+  RUN(notices_know_the_optimizer);
   RUN(long_schedules_are_summed_quickly);
   TEST_MAIN_END;
 }
