@@ -7077,7 +7077,7 @@ static double exf__grad_square(const exf_optim *o, const exf_param *p) {
   const exf_ctx *ctx = o->model->ctx;
   size_t n = p->role == EXF__EXPERTS ? p->t.size / p->t.shape.dim[0] : p->t.size, i;
   double square = ctx->k->sumsq(n, p->t.grad), weights = 0;
-  if (!(square - square == 0))       /* above 1e19 a square may overflow in float */
+  if (!exf__is_size(square))         /* above 1e19 a square may overflow in float */
     for (square = 0, i = 0; i < n; i++)
       square += (double)p->t.grad[i] * (double)p->t.grad[i];
   if (p->role != EXF__EXPERTS || !o->desc.expert_norm) return square;

@@ -93,9 +93,12 @@ static inline void check_load(const exf_ctx *ctx, const char *path) {
   if (exf_ctx_status(ctx) != EXF_OK) fail(1, "%s: %s", path, exf_error(ctx));
 }
 
+/* isfinite is a macro that makes some compilers warn. */
+static inline int is_finite(double x) { return x - x == 0; }
+
 /* Ends the program unless x, a loss or a sum of outputs of this model, is finite. */
 static inline void check_finite(double x, const char *model) {
-  if (!isfinite(x))
+  if (!is_finite(x))
     fail(1, "%s: what the model computes is not finite, its weights are damaged or have "
          "diverged: take another model", model);
 }
@@ -1438,7 +1441,7 @@ static inline void run_stop(const run *r, const char *why) {
 /* The validation loss, which must be finite. */
 static inline double run_validate(const run *r, text *words) {
   double loss = r->validate(r->user, words);
-  if (!isfinite(loss))
+  if (!is_finite(loss))
     run_stop(r, "the validation loss is not finite: take a smaller --lr, or another "
              "--init");
   return loss;
