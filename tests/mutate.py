@@ -7,7 +7,7 @@ and the optimizers; the choice is a function of the seed.
 
 Prints one line per mutant, the survivors again at the end, and N of N caught. A change
 that does not compile, or compiles to the same machine code, is drawn anew; a test that
-runs longer than 15 seconds of processor time has noticed. What a program said of a
+runs longer than 40 seconds of processor time has noticed. What a program said of a
 header is kept in build/mutate/said: only what changed is asked again.
 """
 import argparse
@@ -26,7 +26,7 @@ FLAGS = ["-std=c99", "-w", "-O1", "-pthread", "-DTEST_STOP", f'-DTEST_TMP="{OUT}
 TRAP = "-fsanitize-undefined-trap-on-error"
 PLAIN = ["-DEXF_NO_SIMD", "-fsanitize=undefined", TRAP]
 FAST = ["-fsanitize=bounds,shift", TRAP]   # all checks would take minutes to compile
-SECONDS = 15
+SECONDS = 40
 
 # Sections of the header, by their tags; the programs that are asked, the quickest first.
 # A program with a - is linked to an implementation without fast kernels, with a * it has

@@ -94,6 +94,54 @@ TEST(memory_is_bounded_in_any_text) {
   exf_ctx_free(ctx);
 }
 
+/* Sound files at the edge: every hexadecimal digit in an escape, and many tensors whose
+   text is as short as text can be for its 16 axes. */
+TEST(sound_files_at_the_edge_are_read) {
+  enum { TENSORS = 60, ROOM = 16384 };
+  static const char digits[] = "0123456789abcdefABCDEF";
+  static const char names[TENSORS + 1] =
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567";
+  char *text = (char *)malloc(ROOM), want[sizeof digits];
+  heap h;
+  exf_desc desc;
+  exf_ctx *ctx;
+  exf_st *st;
+  size_t n = 8, i, k;
+  memset(&h, 0, sizeof h);
+  memset(&desc, 0, sizeof desc);
+  heap_use(&h, &desc);
+  desc.n_threads = 1;
+  ctx = exf_ctx_new(&desc);
+  if (!text) exit(2);
+  n += (size_t)snprintf(text + n, ROOM - n, "{\"__metadata__\":{\"k\":\"");
+  for (i = 0; digits[i]; i++) {
+    n += (size_t)snprintf(text + n, ROOM - n, "\\u004%c", digits[i]);
+    want[i] = (char)(0x40 + (i < 16 ? i : i - 6));
+  }
+  want[i] = '\0';
+  n += (size_t)snprintf(text + n, ROOM - n, "\"}");
+  for (i = 0; i < TENSORS; i++) {
+    n += (size_t)snprintf(text + n, ROOM - n, ",\"%c\":{\"dtype\":\"U8\",\"shape\":[",
+                          names[i]);
+    for (k = 0; k < 16; k++) n += (size_t)snprintf(text + n, ROOM - n, k ? ",0" : "0");
+    n += (size_t)snprintf(text + n, ROOM - n, "],\"data_offsets\":[0,0]}");
+  }
+  text[n++] = '}';
+  for (i = 0; i < 8; i++) text[i] = (char)((uint64_t)(n - 8) >> 8 * i & 255);
+  st = exf_st_open_memory(ctx, text, n, NULL);
+  if (CHECK(st != NULL)) CHECK_STR(exf_st_meta(st, "k"), want);
+  else printf("  %s\n", exf_error(ctx));
+  CHECK(exf_st_count(st) == TENSORS);
+  for (i = 0; i < exf_st_count(st); i++) {
+    const exf_st_entry *e = exf_st_get(st, i);
+    CHECK(e->n_dims == 16 && e->dim[0] == 0 && e->dim[15] == 0);
+  }
+  exf_st_close(st);
+  exf_ctx_free(ctx);
+  CHECK(h.n_live == 0 && h.n_bad == 0);
+  free(text);
+}
+
 static audit each(const char *folder) {
   static audit a;
   exf_desc desc;
@@ -124,5 +172,6 @@ int main(int argc, char **argv) {
   if (argc == 3 && strcmp(argv[1], "--write") == 0) return each(argv[2]).files == 0;
   RUN(every_malicious_file_is_refused_by_its_rule);
   RUN(memory_is_bounded_in_any_text);
+  RUN(sound_files_at_the_edge_are_read);
   TEST_MAIN_END;
 }
