@@ -208,6 +208,15 @@ def noticed(said, programs, header):
     return None
 
 
+def optimized(header):
+    """The machine code that users compile. Where it is the same, nothing was changed."""
+    with open(f"{OUT}/exfusion.h", "w", encoding="utf-8") as f:
+        f.write(header)
+    command(CC, "-std=c99", "-w", "-O2", "-c", f"{OUT}/impl.c", "-o",
+            f"{OUT}/optimized.o")
+    return read(f"{OUT}/optimized.o")
+
+
 def first(program):
     """The same of the header as it is."""
     return "passes" if command(FIRST[program]) else "fails"
@@ -248,6 +257,7 @@ def main():
     with open("exfusion.h", encoding="utf-8") as f:
         lines = f.read().split("\n")
     said = prepare(lines, [args.section] if args.section else SECTIONS)
+    plain = optimized("\n".join(lines))
     survivors, n = [], 0
     counts = {name: [0, 0] for name in SECTIONS}
     for section, (i, start, end, text) in choose(sites(lines), args.seed,
@@ -255,9 +265,11 @@ def main():
         if n == args.n:
             break
         mutant = lines[i][:start] + text + lines[i][end:]
-        by = noticed(said, SECTIONS[section],
-                     "\n".join(lines[:i] + [mutant] + lines[i + 1:]))
+        header = "\n".join(lines[:i] + [mutant] + lines[i + 1:])
+        by = noticed(said, SECTIONS[section], header)
         if by in ("broken", "same"):
+            continue
+        if by is None and optimized(header) == plain:
             continue
         n += 1
         counts[section][0] += by is not None

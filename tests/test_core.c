@@ -451,7 +451,12 @@ TEST(isa_that_is_missing_is_refused) {
   exf_ctx *ctx = exf_ctx_new(NULL);
   exf_isa was = exf_isa_get(ctx);
   exf_isa wrong = exf_isa_set(ctx, EXF_ISA_NEON) == EXF_OK ? EXF_ISA_AVX2 : EXF_ISA_NEON;
+  int i;
   exf_error_clear(ctx);
+  for (i = EXF_ISA_REF; i <= EXF_ISA_NEON; i++) {   /* what it says is what one gets */
+    if (exf_isa_set(ctx, (exf_isa)i) == EXF_OK) CHECK(exf_isa_get(ctx) == (exf_isa)i);
+    exf_error_clear(ctx);
+  }
   exf_isa_set(ctx, was);
   CHECK(exf_isa_set(ctx, wrong) == EXF_ARG);
   CHECK_ERR(ctx, EXF_ARG, exf_isa_name(wrong));

@@ -288,6 +288,11 @@ TEST(averages_count_as_training) {
   lone_free(&l);
 }
 
+static int every(const exf_param *p, void *user) {
+  (void)user;
+  return p != NULL;
+}
+
 TEST(numbers_out_of_range_are_refused) {
   const double bad[] = {(double)NAN, (double)INFINITY, -1};
   lone l = lone_new();
@@ -309,6 +314,12 @@ TEST(numbers_out_of_range_are_refused) {
     bd.dropout = bad[i];
     CHECK(exf_block_new(l.model, "b", &bd) == NULL);
     CHECK_ERR(l.ctx, EXF_ARG, "block: probability");
+  }
+  for (i = 0; i < 3; i++) {
+    CHECK(exf_optim_group(o, every, NULL, bad[i], 0) == EXF_ARG);
+    CHECK_ERR(l.ctx, EXF_ARG, "optim_group");
+    CHECK(exf_optim_group(o, every, NULL, 1, bad[i]) == EXF_ARG);
+    CHECK_ERR(l.ctx, EXF_ARG, "optim_group");
   }
   exf_optim_free(o);
   for (i = 0; i < 2; i++) {
@@ -459,6 +470,26 @@ TEST(errno_from_before_does_not_matter) {
   lone_free(&l);
 }
 
+/* The moments of G, which the experts share, have the shape of one. */
+TEST(shared_moments_are_saved_in_their_shape) {
+  lone l = lone_new();
+  exf_optim_desc d;
+  exf_optim *o;
+  exf_st *st;
+  const exf_st_entry *e;
+  memset(&d, 0, sizeof d);
+  d.shared_moments = 1;
+  ffn_of(l.model, "mlp", EXF_SW);
+  o = exf_optim_new(l.model, &d);
+  CHECK(exf_checkpoint_save(l.model, o, FILE_NAME, NULL, 0) == EXF_OK);
+  st = exf_st_open(l.ctx, FILE_NAME, NULL);
+  e = exf_st_find(st, "adamw.m.mlp.experts.c_fc.weight");
+  CHECK(e != NULL && e->n_dims == 2 && e->dim[0] == 3 && e->dim[1] == 2);
+  exf_st_close(st);
+  exf_optim_free(o);
+  lone_free(&l);
+}
+
 /* sw is plain SGD with a smaller rate, and dense AdamW: each is said of its own. */
 TEST(notices_know_the_optimizer) {
   int adam;
@@ -469,6 +500,14 @@ TEST(notices_know_the_optimizer) {
     o = adam ? tiny_adamw(l.model) : sgd(l.model, 0);
     CHECK(exf_notices(l.model, o) == 1);
     exf_optim_free(o);
+    lone_free(&l);
+  }
+  for (adam = 1; adam < 3; adam++) {      /* independent draws, of one expert and of two */
+    lone l = lone_new();
+    exf_fusion_desc f = tiny_variant(2, (size_t)adam);
+    f.upcycle = EXF_UP_INDEPENDENT_PLAIN;
+    exf_ffn_upcycle(ffn_of(l.model, "mlp", EXF_DENSE), &f);
+    CHECK(exf_notices(l.model, NULL) == 1);
     lone_free(&l);
   }
 }
@@ -512,6 +551,7 @@ int main(void) {
   RUN(caches_are_for_causal_blocks_and_their_room);
   RUN(activations_of_huge_numbers_have_gradients);
   RUN(errno_from_before_does_not_matter);
+  RUN(shared_moments_are_saved_in_their_shape);
   RUN(notices_know_the_optimizer);
   RUN(long_schedules_are_summed_quickly);
   TEST_MAIN_END;
