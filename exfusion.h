@@ -8037,6 +8037,7 @@ static char *exf__utf8_put(char *put, unsigned long code) {
 
 /* What follows a backslash, written to put, which moves on. */
 static int exf__st_escape(exf__st_in *in, char **put) {
+  const unsigned long long backslash = in->at - 1;
   static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
   char c = in->at < in->n ? in->header[in->at++] : '\0';
   const char *simple = c != '\0' ? strchr(from, c) : NULL;
@@ -8048,12 +8049,11 @@ static int exf__st_escape(exf__st_in *in, char **put) {
   code = c == 'u' ? exf__st_hex4(in) : -1;
   if (code < 0)
     return exf__st_fail(in, EXF_FORMAT, "V4", NULL,
-                        "header byte %llu: an escape that JSON does not have",
-                        (unsigned long long)in->at);
+                        "header byte %llu: an escape that JSON does not have", backslash);
   if (code == 0)
     return exf__st_fail(in, EXF_FORMAT, "V7", NULL,
                         "header byte %llu: U+0000 in a string would cut it short",
-                        (unsigned long long)in->at);
+                        backslash);
   if (code >= 0xd800 && code < 0xe000) {
     low = -1;
     if (code < 0xdc00 && in->n - in->at >= 6 && in->header[in->at] == '\\'
@@ -8064,7 +8064,7 @@ static int exf__st_escape(exf__st_in *in, char **put) {
     if (low < 0xdc00 || low > 0xdfff)
       return exf__st_fail(in, EXF_FORMAT, "V3", NULL,
                           "header byte %llu: an escape is half a surrogate pair",
-                          (unsigned long long)in->at);
+                          backslash);
     code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
   }
   *put = exf__utf8_put(*put, (unsigned long)code);

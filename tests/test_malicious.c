@@ -142,6 +142,28 @@ TEST(sound_files_at_the_edge_are_read) {
   free(text);
 }
 
+/* The byte that a message names is the one that is wrong. */
+TEST(messages_name_the_byte) {
+  static const struct { const char *header, *message; } bad[] = {
+    {"{\"ab\tc\":1}", "header byte 4: a control character"},
+    {"{\"ab\\qc\":1}", "header byte 4: an escape that JSON does not have"},
+    {"{\"ab\\ud800\":1}", "header byte 4: an escape is half a surrogate pair"},
+    {"{\"a\":1}", "header byte 5"},
+    {"{}x", "header byte 2 is 0x78"},
+    {"{\"a\xff\"}", "header byte 3 is not UTF-8"}};
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  size_t i;
+  for (i = 0; i < LENGTH(bad); i++) {
+    unsigned char file[64] = {0};
+    size_t n = strlen(bad[i].header);
+    file[0] = (unsigned char)n;
+    memcpy(file + 8, bad[i].header, n);
+    CHECK(exf_st_open_memory(ctx, file, 8 + n, NULL) == NULL);
+    CHECK_ERR(ctx, EXF_FORMAT, bad[i].message);
+  }
+  exf_ctx_free(ctx);
+}
+
 static audit each(const char *folder) {
   static audit a;
   exf_desc desc;
@@ -172,6 +194,7 @@ int main(int argc, char **argv) {
   if (argc == 3 && strcmp(argv[1], "--write") == 0) return each(argv[2]).files == 0;
   RUN(every_malicious_file_is_refused_by_its_rule);
   RUN(memory_is_bounded_in_any_text);
+  RUN(messages_name_the_byte);
   RUN(sound_files_at_the_edge_are_read);
   TEST_MAIN_END;
 }
