@@ -604,8 +604,10 @@ static inline void picture_fit(picture *p, size_t channels, size_t size,
 static inline int picture_read(const char *path, picture *p, why *w) {
   size_t n;
   unsigned char *data = file_bytes(path, &n);
-  int ok = data ? picture_decode(data, n, p, w)
-                : refuse(w, "it cannot be read (%s)", strerror(errno));
+  int ok;
+  memset(p, 0, sizeof *p);
+  ok = data ? picture_decode(data, n, p, w)
+            : refuse(w, "it cannot be read (%s)", strerror(errno));
   free(data);
   return ok;
 }

@@ -57,6 +57,7 @@ static inline void vit_build(vit *g, exf_ctx *ctx, const exf_fusion_desc *fusion
   g->proj = vit_param(g, "patch_embed.proj.weight", exf_shape4(d, g->channels, p, p),
                       1 / sqrt(3.0 * (double)fan_in), 1);
   g->proj_bias = vit_param(g, "patch_embed.proj.bias", exf_shape1(d), 0, 0);
+  if (g->n_layers < 1) fail(1, "a ViT without blocks: it needs one at least");
   g->blocks = (exf_block **)memory(g->n_layers, sizeof *g->blocks);
   for (i = 0; i < g->n_layers; i++) {
     snprintf(name, sizeof name, "blocks.%u", (unsigned)i);
@@ -142,7 +143,7 @@ static inline score evaluate(exf_ctx *ctx, const vit *g, const vit *merged,
                              const image_set *set, int split, int keep) {
   size_t n = set->n_split[split], at, b, i, per;
   const lens view = lens_new(g->channels, g->size, g->patch, g->mean, g->std);
-  int32_t labels[256];
+  int32_t labels[256] = {0};
   int grad = exf_grad_set(ctx, 0);
   score e;
   memset(&e, 0, sizeof e);
