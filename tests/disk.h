@@ -44,6 +44,7 @@ typedef struct disk_op {
 
 typedef struct disk {
   disk_bytes inode[DISK_INODES];
+  size_t room[DISK_INODES];     /* bytes that writing may fill; 0: as many as are there */
   int n_inodes;
   struct {
     char name[DISK_NAME];       /* "" is a free place */
@@ -148,6 +149,7 @@ static TEST_UNUSED void disk_put(disk *d, const char *name, disk_bytes bytes) {
   int inode = disk_inode_new(d);
   free(d->inode[inode].data);
   d->inode[inode] = disk_copy(bytes.data, bytes.n);
+  d->room[inode] = 0;
   disk_bind(d, name, inode);
 }
 
@@ -246,14 +248,19 @@ static int64_t disk_write(void *user, void *file, const void *data, size_t bytes
   disk *d = (disk *)user;
   int h = disk_handle(d, file);
   disk_bytes *inode;
+  size_t *room;
   disk_fate fate = disk_fails(d, DISK_WRITE);
   disk_op *op;
   int64_t n = (int64_t)bytes;
   if (h < 0) return -1;
   inode = &d->inode[d->handle[h].inode];
   if (fate != DISK_FINE && (n = disk_transfer(d, fate, bytes)) <= 0) return n;
-  inode->data = (unsigned char *)realloc(inode->data, inode->n + (size_t)n + 1);
-  if (inode->data == NULL) exit(2);
+  room = &d->room[d->handle[h].inode];
+  if (inode->n + (size_t)n > *room) {     /* a file may grow by a byte at a time */
+    *room = 2 * (inode->n + (size_t)n);
+    inode->data = (unsigned char *)realloc(inode->data, *room);
+    if (inode->data == NULL) exit(2);
+  }
   memcpy(inode->data + inode->n, data, (size_t)n);
   op = disk_log(d, DISK_WRITE, d->handle[h].inode);
   op->at = inode->n;

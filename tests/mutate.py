@@ -212,9 +212,9 @@ def optimized(header):
     """The machine code that users compile. Where it is the same, nothing was changed."""
     with open(f"{OUT}/exfusion.h", "w", encoding="utf-8") as f:
         f.write(header)
-    command(CC, "-std=c99", "-w", "-O2", "-c", f"{OUT}/impl.c", "-o",
-            f"{OUT}/optimized.o")
-    return read(f"{OUT}/optimized.o")
+    made = command(CC, "-std=c99", "-w", "-O2", "-c", f"{OUT}/impl.c", "-o",
+                   f"{OUT}/optimized.o")
+    return read(f"{OUT}/optimized.o") if made else None
 
 
 def first(program):

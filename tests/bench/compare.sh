@@ -15,6 +15,11 @@ threads="1 2"
 wall=--wall
 cpu=
 if [ "${CLOCK:-wall}" = cpu ]; then threads=1 wall='' cpu=--cpu; fi
+# An OpenBLAS older than the processor would fall back to SSE in PyTorch 1.13.
+if grep -q avx512f /proc/cpuinfo 2> /dev/null; then
+  OPENBLAS_CORETYPE=${OPENBLAS_CORETYPE:-SkylakeX}
+  export OPENBLAS_CORETYPE
+fi
 tmp=$(mktemp -d) || exit 1
 trap 'rm -rf "$tmp"' EXIT
 trap 'exit 1' INT TERM

@@ -19,24 +19,26 @@ static const char *openblas_core(void *lib) {
   return core();
 }
 
-static void openblas_open(void) {
+static void *openblas_load(void) {
   static const char *const names[] = {"libopenblas.so.0", "libopenblas.so",
                                       "libopenblas.dylib"};
-  void (*set_threads)(int);
-  const char *core = NULL;
-  limits l[4];
-  int n_isas = limits_list(l);
-  void *lib = NULL, *f;
+  void *lib = NULL;
   size_t i;
-  for (i = 0; i < 3 && !lib; i++) {
-    lib = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
-    if (!lib || !(core = openblas_core(lib)) || strcmp(core, "Prescott") != 0
-        || !n_isas || l[0].isa < EXF_ISA_AVX2)
-      continue;
+  for (i = 0; i < 3 && !lib; i++) lib = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+  return lib;
+}
+
+static void openblas_open(void) {
+  void (*set_threads)(int);
+  void *lib = openblas_load(), *f;
+  const char *core = lib ? openblas_core(lib) : NULL;
+  limits l[4];
+  if (core && strcmp(core, "Prescott") == 0 && limits_list(l) > 0
+      && l[0].isa >= EXF_ISA_AVX2) {
     /* A processor younger than this OpenBLAS, which falls back to SSE: help it. */
     dlclose(lib);
     setenv("OPENBLAS_CORETYPE", l[0].isa == EXF_ISA_AVX2 ? "Haswell" : "SkylakeX", 0);
-    lib = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+    lib = openblas_load();
     core = lib ? openblas_core(lib) : NULL;
   }
   if (lib && (f = dlsym(lib, "openblas_set_num_threads")) != NULL) {
