@@ -21,11 +21,10 @@ OPENMP := $(shell mkdir -p build && \
   $(CC) $(CFLAGS) -fopenmp build/openmp.c -o build/openmp.out 2>/dev/null \
   && echo -fopenmp)
 
-# stb_image for PNG, JPEG and BMP: make STB=FOLDER, or where the compiler finds it.
-STB_HEADER := $(if $(STB),"$(abspath $(STB))/stb_image.h",$(shell \
+# stb_image for PNG, JPEG, BMP and gzip: make STB=FOLDER, or where the compiler finds it.
+STB_FLAGS := $(if $(STB),-isystem "$(abspath $(STB))" '-DSTB_IMAGE=<stb_image.h>',$(shell \
   printf '\043include <stb/stb_image.h>\n' | $(CC) -E -x c - > /dev/null 2>&1 \
-  && echo '<stb/stb_image.h>'))
-STB_FLAGS := $(if $(STB_HEADER),'-DSTB_IMAGE=$(STB_HEADER)')
+  && echo "'-DSTB_IMAGE=<stb/stb_image.h>'"))
 
 WARN = -std=c99 -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wvla \
   -Wundef -Wstrict-prototypes -Wmissing-prototypes
@@ -37,13 +36,14 @@ TESTS = $(patsubst tests/%.c,build/tests/%,$(wildcard tests/test_*.c))
 # behind them, include it. Some are built a second time with EXF_DOUBLE.
 LINKED = $(addprefix build/tests/, test_core test_exfusion test_fuzz test_golden \
   test_images test_malicious test_misuse test_numbers test_optim test_power test_resume \
-  test_vit_golden torture)
+  test_rules test_vit_golden torture)
 DOUBLES = build/tests/test_ops_double build/tests/test_optim_double \
   build/tests/test_golden_double
 SCRIPTS = $(wildcard tests/test_*.sh)
 HEADERS = exfusion.h $(wildcard tests/*.h)
 # What reads pictures.
-PICTURES = build/vit build/tests/test_images build/tests/test_vit_golden
+PICTURES = build/vit build/tests/test_fuzz build/tests/test_images \
+  build/tests/test_vit_golden
 
 all: $(EXAMPLES)
 
@@ -167,6 +167,7 @@ build/fuzz/%-replay: tests/fuzz/fuzz_%.c tests/fuzz/main.c $(HEADERS) \
 
 # The loops over code tables would spend four fifths of the time tracing comparisons.
 build/fuzz/idx: FUZZ_FLAGS += -fno-sanitize-coverage=trace-cmp
+build/fuzz/idx build/fuzz/idx-replay: FUZZ_FLAGS += $(STB_FLAGS)
 build/fuzz/%: tests/fuzz/fuzz_%.c $(HEADERS) $(wildcard tests/fuzz/*.h examples/*.[ch])
 	@mkdir -p build/fuzz
 	$(FUZZ_CC) $(FUZZ_FLAGS) -DFUZZ_LIBFUZZER -fsanitize=fuzzer $(SANITIZE) $< -o $@ -lm
@@ -213,7 +214,7 @@ install:
 	cp exfusion.h "$(DESTDIR)$(PREFIX)/include/exfusion.h"
 
 help:
-	@echo 'make              build/hello, build/charlm, build/vit (STB=FOLDER of stb_image.h)'
+	@echo 'make              build/hello, gpt, charlm and vit (STB=FOLDER of stb_image.h)'
 	@echo 'make demo         train on the text of exfusion.h, merge, sample (a minute)'
 	@echo 'make demo-vit     the same with pictures (a minute and a half)'
 	@echo 'make test         all tests; the last line is: N passed, N failed'

@@ -1,9 +1,9 @@
 /* charlm.c - a character-level GPT whose FFNs are trained as several experts fused into
    one (ExFusion), merged into an ordinary dense model, and asked to write.
 
-   Shows: a Transformer from the library's modules; training, evaluation on a full split,
-          checkpoints and exact resuming; the merge and its proof; generation with a
-          key/value cache.
+   Shows: after gpt.c, what a whole program needs: evaluation on a full split, gradient
+          accumulation, checkpoints and exact resuming, upcycling of a trained model, the
+          merge and its proof, generation with a key/value cache. Begin with `train`.
    Runs:  seconds with --quick; the default task a minute or two on two cores.
    Build: cc -O2 -fopenmp -o build/charlm examples/charlm.c -lm   (-fopenmp: optional)
    Ends:  next    build/charlm sample runs/charlm */
@@ -15,10 +15,7 @@
 
 #include "common.h"
 
-typedef unsigned long long ull;
-
 /* ---- the model -------------------------------------------------------------------- */
-
 typedef struct gpt {
   size_t n_layers, n_heads, width, block, n_vocab, bias;
   double dropout;
@@ -27,420 +24,373 @@ typedef struct gpt {
   exf_block **blocks;      /* n_layers */
   exf_norm_layer *ln_f;
 } gpt;
-
 /* Makes the parameters from the sizes in g; fusion NULL: all FFNs dense. */
 static void gpt_build(gpt *g, exf_ctx *ctx, const exf_fusion_desc *fusion) {
-  exf_block_desc d;
-  char name[48];
-  size_t i;
-  memset(&d, 0, sizeof d);
-  d.width = g->width;
-  d.n_heads = g->n_heads;
-  d.causal = 1;
-  d.bias = (int)g->bias;
-  d.eps = 1e-5;
-  d.dropout = g->dropout;
-  d.init_std = 0.02;
-  d.init_std_out = 0.02 / sqrt(2.0 * (double)g->n_layers);
-  d.names = EXF_NAMES_GPT2;
+  exf_block_desc d = {.width = g->width, .n_heads = g->n_heads, .causal = 1,
+    .bias = (int)g->bias, .dropout = g->dropout,
+    .init_std_out = 0.02 / sqrt(2.0 * (double)g->n_layers)};
   if (fusion) d.ffn.fusion = *fusion;
   g->model = exf_model_new(ctx);
   g->wte = exf_embedding_new(g->model, "transformer.wte", g->n_vocab, g->width, 0.02);
   g->wpe = exf_embedding_new(g->model, "transformer.wpe", g->block, g->width, 0.02);
-  g->blocks = (exf_block **)memory(g->n_layers, sizeof *g->blocks);
-  for (i = 0; i < g->n_layers; i++) {
+  g->blocks = memory(g->n_layers, sizeof *g->blocks);
+  for (size_t i = 0; i < g->n_layers; i++) {
+    char name[48];
     snprintf(name, sizeof name, "transformer.h.%u", (unsigned)i);
     g->blocks[i] = exf_block_new(g->model, name, &d);
   }
-  g->ln_f = exf_layernorm_new(g->model, "transformer.ln_f", g->width, d.bias, d.eps);
+  g->ln_f = exf_norm_new(g->model, "transformer.ln_f", g->width,
+                         &(exf_norm_desc){.bias = d.bias});
   exf_param_alias(g->model, "lm_head.weight", "transformer.wte.weight");
   check(ctx);
 }
-
-static void gpt_free(gpt *g) {
-  exf_model_free(g->model);
-  free(g->blocks);
-}
-
-/* ids (B,T) -> logits (B,T,V) */
+/* ids (B,T) -> logits (B,T,V). cache: NULL, or the B = 1 ids follow those seen by it */
 static exf_tensor *gpt_forward(exf_ctx *ctx, const gpt *g, const int32_t *ids, size_t b,
-                               size_t t) {
+                               size_t t, exf_kv *cache) {
+  size_t at = cache ? exf_kv_length(cache) : 0;
   exf_tensor *x = exf_embedding(ctx, g->wte, ids, b, t);
-  size_t i;
-  x = exf_add(ctx, x, t == g->block ? g->wpe : exf_slice(ctx, g->wpe, 0, 0, t));
+  x = exf_add(ctx, x, t == g->block ? g->wpe : exf_slice(ctx, g->wpe, 0, at, at + t));
   x = exf_dropout(ctx, x, g->dropout);
-  for (i = 0; i < g->n_layers; i++) x = exf_block_forward(ctx, g->blocks[i], x);
+  for (size_t i = 0; i < g->n_layers; i++)
+    x = exf_block_forward(ctx, g->blocks[i], x, cache);
   return exf_linear(ctx, exf_norm_forward(ctx, g->ln_f, x), g->wte, NULL);
 }
-
-/* t new tokens behind those in kv -> logits (1,1,V) of the last */
-static exf_tensor *gpt_next(exf_ctx *ctx, const gpt *g, const int32_t *ids, size_t t,
-                            exf_kv *kv) {
-  size_t i, at = exf_kv_length(kv);
-  exf_tensor *x = exf_embedding(ctx, g->wte, ids, 1, t);
-  x = exf_add(ctx, x, exf_slice(ctx, g->wpe, 0, at, at + t));
-  for (i = 0; i < g->n_layers; i++) x = exf_block_cached(ctx, g->blocks[i], x, kv, i);
-  exf_kv_advance(kv, t);
-  x = exf_norm_forward(ctx, g->ln_f, exf_slice(ctx, x, 1, t - 1, t));
-  return exf_linear(ctx, x, g->wte, NULL);
-}
-
-/* ---- evaluation ------------------------------------------------------------------- */
-
-/* Mean loss over the consecutive windows of tokens, the remainder left out; the same of
+/* Mean loss over the consecutive windows of n tokens, the remainder left out; the same of
    `merged` when there is one, and the largest difference between their logits. */
 static merge_result evaluate(exf_ctx *ctx, const gpt *g, const gpt *merged,
                              const unsigned char *tokens, size_t n) {
-  size_t block = g->block, n_windows = (n - 1) / block, w, b, i;
-  size_t per = block < 1024 ? 1024 / block : 1;   /* windows at once */
-  int32_t *x = (int32_t *)memory(per * block + 1, sizeof *x);
+  size_t block = g->block, n_windows = (n - 1) / block, b;
+  size_t per = block < 1024 ? 1024 / block : 1;      /* windows at once */
+  int32_t *x = memory(per * block + 1, sizeof *x);
   int grad = exf_grad_set(ctx, 0);
-  merge_result e = {0, 0, 0, 0, 0};
-  for (w = 0; w < n_windows && exf_ctx_status(ctx) == EXF_OK; w += b) {
-    exf_tensor *logits, *other;
-    double loss;
+  merge_result e = {.n = n_windows * block};
+  for (size_t w = 0; w < n_windows && exf_ctx_status(ctx) == EXF_OK; w += b) {
     b = n_windows - w < per ? n_windows - w : per;
-    for (i = 0; i <= b * block; i++) x[i] = tokens[w * block + i];
-    logits = gpt_forward(ctx, g, x, b, block);
-    loss = exf_item(exf_cross_entropy(ctx, logits, x + 1, 0));
-    e.val_loss += (double)(b * block) * loss;
+    for (size_t i = 0; i <= b * block; i++) x[i] = tokens[w * block + i];
+    double count = (double)(b * block);
+    exf_tensor *logits = gpt_forward(ctx, g, x, b, block, NULL);
+    e.val_loss += count * exf_item(exf_cross_entropy(ctx, logits, x + 1, 0));
     if (merged) {
-      other = gpt_forward(ctx, merged, x, b, block);
-      loss = exf_item(exf_cross_entropy(ctx, other, x + 1, 0));
-      e.val_loss_merged += (double)(b * block) * loss;
-      if (logits && other) compare_logits(logits, other, &e.max_diff);
+      exf_tensor *other = gpt_forward(ctx, merged, x, b, block, NULL);
+      e.val_loss_merged += count * exf_item(exf_cross_entropy(ctx, other, x + 1, 0));
+      compare_logits(logits, other, &e.max_diff);
     }
     exf_rewind(ctx);
   }
   exf_grad_set(ctx, grad);
   check(ctx);
   free(x);
-  e.n = n_windows * block;
   e.val_loss /= (double)e.n;
   e.val_loss_merged /= (double)e.n;
   return e;
 }
 
-/* ---- model files ------------------------------------------------------------------ */
+/* ---- text as data: every byte that occurs is a token ------------------------------ */
+typedef struct vocabulary {
+  size_t n;
+  unsigned char byte[256];   /* of a token, ascending */
+  int token[256];            /* of a byte, or -1 */
+} vocabulary;
 
-/* Geometry and vocabulary (n = 0: none) of an open file with nanoGPT's names. heads: for
-   files that do not say; 0 refuses them. */
-static void geometry_read(const exf_st *st, const char *path, size_t heads, gpt *g,
-                          vocabulary *v) {
-  const exf_st_entry *wte = exf_st_find(st, "transformer.wte.weight");
-  const exf_st_entry *wpe = exf_st_find(st, "transformer.wpe.weight");
-  const char *vocab = exf_st_meta(st, "exf.vocab"), *value;
-  char name[64];
-  json j;
-  memset(g, 0, sizeof *g);
-  if (exf_st_find(st, "adamw.m.transformer.wte.weight"))
-    fail(1, "%s is a checkpoint: give the model.safetensors beside it", path);
-  if (!wte || !wpe || wte->n_dims != 2 || wpe->n_dims != 2 || wte->dim[0] < 1
-      || wte->dim[0] > 256 || wte->dim[1] < 1 || wpe->dim[0] < 1
-      || wpe->dim[1] != wte->dim[1])
-    fail(1, "%s is not a character model: it needs transformer.wte.weight [V,C], V up to "
-         "256, and transformer.wpe.weight [T,C]; see charlm info", path);
-  g->n_vocab = wte->dim[0];
-  g->width = wte->dim[1];
-  g->block = wpe->dim[0];
-  g->bias = exf_st_find(st, "transformer.ln_f.bias") != NULL;
-  do snprintf(name, sizeof name, "transformer.h.%u.ln_1.weight", (unsigned)g->n_layers);
-  while (exf_st_find(st, name) && ++g->n_layers < 1024);
-  config_read(&j, st, path);
-  g->n_heads = config_count(&j, "n_head", heads, path);
-  if ((value = json_find(&j, "activation")) != NULL && strcmp(value, "gelu") != 0)
-    fail(1, "%s: its activation is %.40s, charlm has gelu: convert it", path, value);
-  json_free(&j);
-  if (g->n_heads < 1 || g->n_heads > g->width || g->width % g->n_heads)
-    fail(1, "%s: %s heads for width %s: its exf.config must hold n_head, a divisor of "
-         "the width (to train, give --heads)", path, commas(g->n_heads),
-         commas(g->width));
+typedef struct dataset {
+  unsigned char *tokens;     /* n; the first n_train of them train */
+  size_t n, n_train;
+  uint64_t hash;             /* of the file */
+} dataset;
+
+static void vocabulary_add(vocabulary *v, int byte) {
+  if (v->n == 0) memset(v->token, -1, sizeof v->token);
+  v->token[byte] = (int)v->n;
+  v->byte[v->n++] = (unsigned char)byte;
+}
+/* [10,32,33], as metadata keep it */
+static void vocabulary_write(const vocabulary *v, text *t) {
+  for (size_t i = 0; i < v->n; i++) text_add(t, "%s%d", i ? "," : "[", v->byte[i]);
+  text_add(t, "]");
+}
+/* Returns 0 unless s lists ascending byte values. */
+static int vocabulary_read(vocabulary *v, const char *s) {
   v->n = 0;
-  if (vocab && (!vocabulary_read(v, vocab) || v->n != g->n_vocab))
-    fail(1, "%s: exf.vocab must list %d ascending byte values: write the file anew", path,
-         (int)g->n_vocab);
+  if (*s != '[') return 0;
+  do {
+    char *end;
+    long b = strtol(++s, &end, 10);
+    if (end == s || b < 0 || b > 255 || (v->n && b <= v->byte[v->n - 1])) return 0;
+    vocabulary_add(v, (int)b);
+    s = end + strspn(end, " ");
+  } while (*s == ',');
+  return s[0] == ']' && s[1] == 0;
+}
+/* Reads a file as tokens; the validation split holds one window and its targets at least.
+   An empty vocabulary becomes that of the bytes. */
+static void dataset_read(dataset *d, const char *path, vocabulary *v, size_t block) {
+  d->tokens = read_file(path, &d->n);
+  d->n_train = d->n / 10 * 9 + d->n % 10 * 9 / 10;
+  d->hash = hash_bytes(d->tokens, d->n);
+  if (d->n == 0) fail(1, "%s is empty: give a file with text", path);
+  if (d->n - d->n_train < block + 1)
+    fail(1, "%s: %s bytes validate, fewer than --block %s and one more: give more text",
+         path, commas(d->n - d->n_train), commas(block));
+  for (int byte = 0, all = v->n == 0; all && byte < 256; byte++)
+    if (memchr(d->tokens, byte, d->n)) vocabulary_add(v, byte);
+  for (size_t i = 0; i < d->n; i++) {
+    int token = v->token[d->tokens[i]];
+    if (token < 0)
+      fail(1, "%s: byte %s, of code %d, is not in the model's vocabulary of %d", path,
+           commas(i), d->tokens[i], (int)v->n);
+    d->tokens[i] = (unsigned char)token;
+  }
 }
 
+/* ---- model files ------------------------------------------------------------------ */
+/* Sizes, from the tensors (nanoGPT's names), and vocabulary of an open model. */
+static void geometry_read(const exf_st *st, const char *path, gpt *g, vocabulary *v) {
+  const exf_st_entry *wte = exf_st_find(st, "transformer.wte.weight");
+  const exf_st_entry *wpe = exf_st_find(st, "transformer.wpe.weight");
+  const char *vocab = exf_st_meta(st, "exf.vocab"), *config = config_read(st, path);
+  const char *act = json_find(config, "activation");
+  char name[64];
+  if (exf_st_find(st, "adamw.m.transformer.wte.weight"))
+    fail(1, "%s is a checkpoint: give the model.safetensors beside it", path);
+  if (!wte || !wpe || wte->n_dims != 2 || wpe->n_dims != 2 || !vocab
+      || !vocabulary_read(v, vocab) || wte->dim[0] != v->n)
+    fail(1, "%s is not a character model: it needs transformer.wte.weight [V,C], "
+         "transformer.wpe.weight [T,C], and exf.vocab with V byte values", path);
+  if (act && strcmp(act, "gelu") != 0)
+    fail(1, "%s: its activation is %.40s, charlm has gelu: convert it", path, act);
+  *g = (gpt){.n_vocab = v->n, .width = wte->dim[1], .block = wpe->dim[0],
+    .n_heads = config_count(config, "n_head", 0, path),
+    .bias = exf_st_find(st, "transformer.ln_f.bias") != NULL};
+  do snprintf(name, sizeof name, "transformer.h.%u.ln_1.weight", (unsigned)g->n_layers);
+  while (exf_st_find(st, name) && ++g->n_layers < 1024);
+}
 /* The dense model of DIR|FILE, with its vocabulary; returns the path of the file. */
-static char *open_model(exf_ctx *ctx, const char *place, gpt *g, vocabulary *v) {
-  char *path = model_path(place);
+static const char *open_model(exf_ctx *ctx, const char *place, gpt *g, vocabulary *v) {
+  const char *path = model_path(place);
   exf_st *st = open_tensors(ctx, path);
-  geometry_read(st, path, 0, g, v);
-  gpt_build(g, ctx, NULL);
-  exf_model_load(g->model, st);
-  check_load(ctx, path);
+  geometry_read(st, path, g, v);
   exf_st_close(st);
+  gpt_build(g, ctx, NULL);
+  exf_model_load(g->model, path);
+  check(ctx);
   return path;
 }
 
 /* ---- train ------------------------------------------------------------------------ */
-
 typedef struct charlm {
   run r;
-  const char *data, *init;
+  const char *data;
   uint64_t block, bias;
   int order;
   gpt g;
   vocabulary vocab;
   dataset set;
-  int32_t *x, *y;            /* (batch,block) tokens and their successors */
 } charlm;
-
 /* The character task of nanoGPT's README on a CPU. */
 static void train_defaults(charlm *c) {
-  const double big = 1073741824.0;
-  const settings s = {"runs/charlm", "", EXF_MB, 0, EXF_UP_DEFAULT, 0, 4, 0.95, 4, 4, 128,
-                      12, 1, 0, 100, 250, 250, 1e-3, 1e-4, 0.1, 0.9, 0.99, 1, 1, 0, 0, 0,
-                      0, 0};
   const flag own[] = {
-    {"data", 's', FLAG_DATA, &c->data, 0, 0, NULL,
-     "any text or binary file; none: the text of exfusion.h", 0, NULL},
-    {"block", 'u', FLAG_TRAINING, &c->block, 1, big, NULL, "context length", 0, NULL},
-    {"steps", 'u', FLAG_TRAINING, &c->r.steps, 0, 4e9, NULL, "updates", 0, NULL},
-    {"bias", 'u', FLAG_TRAINING, &c->bias, 0, 1, NULL, "1: biases everywhere", 0, NULL},
-    {"order", 'c', FLAG_TRAINING, &c->order, 0, 0, "shuffle|sequential",
-     "windows of the batches", 0, NULL},
-    {"init", 's', FLAG_TRAINING, &c->init, 0, 0, NULL,
-     "start from a dense model, DIR|FILE, and upcycle it", 0, NULL}};
-  const int n = (int)(sizeof own / sizeof own[0]);
-  memset(c, 0, sizeof *c);
-  c->r.s = s;
-  c->r.task = "charlm";
-  c->r.list_key = "exf.vocab";
-  c->r.steps = 2000;
-  c->r.loss = NAN;
-  c->data = c->init = "";
-  c->block = 64;
-  memcpy(c->r.flags, own, sizeof own);
-  c->r.n_flags = n + settings_flags(&c->r.s, c->r.flags + n);
+    {"data", 's', FLAG_FREE, &c->data, "", "any text or binary file"},
+    {"block", 'u', FLAG_FIXED, &c->block, "1 1073741824", "context length"},
+    {"steps", 'u', FLAG_FIXED, &c->r.steps, "0 4e9", "updates"},
+    {"bias", 'u', FLAG_FIXED, &c->bias, "0 1", "1: biases everywhere"},
+    {"order", 'c', FLAG_FIXED, &c->order, "shuffle|sequential", "windows of the batches"},
+    {0}};
+  *c = (charlm){.data = "exfusion.h", .block = 64, .r = {.task = "charlm",
+    .list_key = "exf.vocab", .out = "runs/charlm", .config = "", .init = "",
+    .ffn = EXF_MB, .experts = 4, .mu = 0.95, .layers = 4, .heads = 4, .width = 128,
+    .batch = 12, .accum = 1, .steps = 2000, .warmup = 100, .eval_every = 250,
+    .save_every = 250, .lr = 1e-3, .min_lr = 1e-4, .weight_decay = 0.1, .beta1 = 0.9,
+    .beta2 = 0.99, .clip = 1, .seed = 1}};
+  flags_add(&c->r.f, own);
+  run_flags_add(&c->r);
 }
-
-/* Geometry from the flags, or from the file of --init, which is returned open, with its
-   path, to be freed. */
-static exf_st *train_geometry(charlm *c, char **path) {
-  settings *s = &c->r.s;
-  gpt *g = &c->g;
-  exf_st *st = NULL;
-  const char *config;
-  int n = c->r.n_flags;
-  if (*c->init && !s->resume) {
-    *path = model_path(c->init);
-    st = open_tensors(c->r.ctx, *path);
-    geometry_read(st, *path, (size_t)s->heads, g, &c->vocab);
-    config = exf_st_meta(st, "exf.config");
-    if (!config || !strstr(config, "\"n_head\""))
-      log_line(&s->quiet, "notice: the file does not say n_head: --heads is taken");
-    flag_agree(c->r.flags, n, "layers", g->n_layers, *path);
-    flag_agree(c->r.flags, n, "heads", g->n_heads, *path);
-    flag_agree(c->r.flags, n, "width", g->width, *path);
-    flag_agree(c->r.flags, n, "block", g->block, *path);
-    flag_agree(c->r.flags, n, "bias", g->bias, *path);
-  }
-  if (s->width % s->heads)
-    fail(2, "--heads %s does not divide --width %s: every head takes an equal part",
-         commas(s->heads), commas(s->width));
-  g->n_layers = (size_t)s->layers;
-  g->n_heads = (size_t)s->heads;
-  g->width = (size_t)s->width;
-  g->block = (size_t)c->block;
-  g->bias = (size_t)c->bias;
-  g->dropout = s->dropout;
-  return st;
-}
-
-/* Reads the data; of a resumed run they must be the same, of --init fit the model. */
-static void train_data(charlm *c, const char *self) {
-  text mine = {NULL, 0, 0};
+/* The sizes: those of the flags, or of the file of --init, with which given flags must
+   agree. Then the data: of a resumed run the same, of --init such as fit the model. */
+static void train_data(charlm *c) {
   run *r = &c->r;
-  if (r->s.resume && !vocabulary_read(&c->vocab, r->list.s))
-    fail(1, "the checkpoint's exf.vocab is no list of bytes: start a new run");
-  if (!*c->data) {
-    char *found = default_data(self);
-    flag_set(flag_find(r->flags, r->n_flags, "data"), found, "");
-    free(found);
+  gpt *g = &c->g;
+  text mine = {0};
+  if (*r->init && !r->resume) {
+    const char *path = model_path(r->init);
+    exf_st *st = open_tensors(r->ctx, path);
+    char sizes[128];
+    geometry_read(st, path, g, &c->vocab);
+    exf_st_close(st);
+    snprintf(sizes, sizeof sizes, "layers %u\nheads %u\nwidth %u\nblock %u\nbias %u",
+             (unsigned)g->n_layers, (unsigned)g->n_heads, (unsigned)g->width,
+             (unsigned)g->block, (unsigned)g->bias);
+    flags_read(&r->f, sizes, path, FLAGS_AGREE);
   }
-  if (r->s.resume) flag_recorded(flag_find(r->flags, r->n_flags, "data"), r->s.out);
-  dataset_read(&c->set, c->data, &c->vocab, c->g.n_vocab);
+  if (r->width % r->heads)
+    fail(2, "--heads %s does not divide --width %s: every head takes an equal part",
+         commas(r->heads), commas(r->width));
+  if (r->resume) vocabulary_read(&c->vocab, r->list.s);
+  if (r->resume) flag_recorded(&r->f, "data", r->out);
+  dataset_read(&c->set, c->data, &c->vocab, (size_t)c->block);
+  *g = (gpt){.n_layers = (size_t)r->layers, .n_heads = (size_t)r->heads,
+    .width = (size_t)r->width, .block = (size_t)c->block, .bias = (size_t)c->bias,
+    .n_vocab = c->vocab.n, .dropout = r->dropout};
   text_add(&mine, "{\"bytes\":%llu,\"fnv1a\":\"%016llx\"}", (ull)c->set.n,
            (ull)c->set.hash);
   run_data(r, &mine, c->data, "--data");
-  dataset_encode(&c->set, c->data, &c->vocab);
-  dataset_check(c->set.n_train, c->g.block, "training", c->data);
-  dataset_check(c->set.n - c->set.n_train, c->g.block, "validation", c->data);
-  c->g.n_vocab = c->vocab.n;
-  r->list.n = 0;
+  r->list.n = 0;                     /* as the checkpoint had it */
   vocabulary_write(&c->vocab, &r->list);
   text_add(&r->geometry, "{\"n_layer\":%llu,\"n_head\":%llu,\"n_embd\":%llu,"
            "\"block_size\":%llu,\"vocab_size\":%llu,\"bias\":%s,\"activation\":\"gelu\"}",
-           (ull)c->g.n_layers, (ull)c->g.n_heads, (ull)c->g.width, (ull)c->g.block,
-           (ull)c->g.n_vocab, c->bias ? "true" : "false");
+           (ull)g->n_layers, (ull)g->n_heads, (ull)g->width, (ull)g->block,
+           (ull)g->n_vocab, c->bias ? "true" : "false");
 }
-
-/* Micro-batch `micro` of the run. shuffle: windows start anywhere, as in nanoGPT. */
-static void train_batch(charlm *c, uint64_t micro) {
-  const settings *s = &c->r.s;
-  size_t block = c->g.block, n = c->set.n_train, j, t, at;
-  uint64_t row = micro % s->accum * s->batch;
-  uint32_t stream = exf_rng_stream("data"), step = (uint32_t)(micro / s->accum);
-  for (j = 0; j < s->batch; j++) {
-    if (c->order) at = (size_t)((micro * s->batch + j) % n * (block % n) % n);
-    else at = (size_t)(exf_rng_uniform(s->seed, stream, step, row + j)
+/* Micro-batch `micro` of the run: x (B,T), and y, the tokens that follow. shuffle:
+   windows start anywhere, as in nanoGPT. */
+static void train_batch(const charlm *c, uint64_t micro, int32_t *x, int32_t *y) {
+  const run *r = &c->r;
+  size_t block = c->g.block, n = c->set.n_train, at;
+  uint64_t row = micro % r->accum * r->batch;
+  uint32_t stream = exf_rng_stream("data"), step = (uint32_t)(micro / r->accum);
+  for (size_t j = 0; j < r->batch; j++) {
+    if (c->order) at = (size_t)((micro * r->batch + j) % n * (block % n) % n);
+    else at = (size_t)(exf_rng_uniform(r->seed, stream, step, row + j)
                        * (double)(n - block));
-    for (t = 0; t < block; t++) {
-      c->x[j * block + t] = c->set.tokens[(at + t) % n];
-      c->y[j * block + t] = c->set.tokens[(at + t + 1) % n];
+    for (size_t t = 0; t < block; t++) {
+      x[j * block + t] = c->set.tokens[(at + t) % n];
+      y[j * block + t] = c->set.tokens[(at + t + 1) % n];
     }
   }
 }
 
-static exf_tensor *train_loss(void *user, uint64_t micro) {
-  charlm *c = (charlm *)user;
-  exf_tensor *logits;
-  train_batch(c, micro);
-  logits = gpt_forward(c->r.ctx, &c->g, c->x, (size_t)c->r.s.batch, c->g.block);
-  return exf_cross_entropy(c->r.ctx, logits, c->y, 0);
-}
-
-static merge_result evaluate_validation(const charlm *c, const gpt *merged) {
-  return evaluate(c->r.ctx, &c->g, merged, c->set.tokens + c->set.n_train,
-                  c->set.n - c->set.n_train);
-}
-
-static double train_validate(void *user, text *note) {
-  (void)note;
-  return evaluate_validation((const charlm *)user, NULL).val_loss;
-}
-
-/* Checks the merged file against the model in memory, and tells the result. */
-static void train_finish(charlm *c, const char *self) {
-  run *r = &c->r;
-  merge_result m;
-  gpt merged;
-  vocabulary v;
-  run_save_results(r);
-  free(open_model(r->ctx, r->s.out, &merged, &v));
-  m = evaluate_validation(c, &merged);
-  gpt_free(&merged);
-  if (r->s.ffn == EXF_MB && r->s.routed) {
-    exf_routing_set(r->ctx, 1);              /* the routers instead of the banks */
-    m.gap = m.val_loss - evaluate_validation(c, NULL).val_loss;
-    exf_routing_set(r->ctx, 0);
-  }
-  run_finish(r, &m, NULL, "nats per character", self, "sample");
-}
-
 static int train(int argc, char **argv) {
-  static const char *const quick[] = {"layers", "2", "heads", "2", "width", "32", "block",
-    "32", "batch", "8", "steps", "200", "warmup", "20", "lr", "0.004", "min-lr", "0.0004",
-    "eval-every", "100", "save-every", "100"};
   charlm c;
   run *r = &c.r;
-  exf_st *st;
-  exf_fusion_desc fusion;
-  text model = {NULL, 0, 0}, data = {NULL, 0, 0};
-  char *init = NULL;
+  gpt *g = &c.g, merged;
   int code = 0;
+
+  /* Flags, data, and the model: a new one, or that of --init, upcycled. */
   train_defaults(&c);
-  run_flags(r, argc, argv, quick, (int)(sizeof quick / sizeof *quick / 2),
+  run_flags(r, argc, argv, "layers 2\nheads 2\nwidth 32\nblock 32\nbatch 8\nsteps 200\n"
+            "warmup 20\nlr 0.004\nmin-lr 0.0004\neval-every 100\nsave-every 100\n",
             "charlm train [flags]");
   if (run_is_finished(r)) {
     run_free(r);
     return 0;
   }
   run_context(r);
-  st = train_geometry(&c, &init);
-  train_data(&c, argv[0]);
-  fusion = settings_fusion(&r->s);
-  gpt_build(&c.g, r->ctx, st || r->s.ffn == EXF_DENSE ? NULL : &fusion);
-  r->model = c.g.model;
-  r->user = &c;
-  r->micro_loss = train_loss;
-  r->validate = train_validate;
-  if (st) exf_model_load(c.g.model, st);
-  if (st) check_load(r->ctx, init);
-  if (st && r->s.ffn != EXF_DENSE) exf_model_upcycle(c.g.model, &fusion);
-  check(r->ctx);
-  exf_st_close(st);
-  free(init);
-  c.x = (int32_t *)memory((size_t)r->s.batch * c.g.block, sizeof *c.x);
-  c.y = (int32_t *)memory((size_t)r->s.batch * c.g.block, sizeof *c.y);
-  r->per_step = (size_t)(r->s.batch * r->s.accum) * c.g.block;
+  exf_ctx *ctx = r->ctx;
+  train_data(&c);
+  const exf_fusion_desc fusion = run_fusion(r);
+  const int load = *r->init && !r->resume;
+  gpt_build(g, ctx, load ? NULL : &fusion);
+  r->model = g->model;
+  if (load) exf_model_load(g->model, model_path(r->init));
+  if (load && r->ffn != EXF_DENSE) exf_model_upcycle(g->model, &fusion);
+  const size_t batch = (size_t)r->batch, n = batch * g->block;
+  const unsigned char *val = c.set.tokens + c.set.n_train;
+  const size_t n_val = c.set.n - c.set.n_train;
+  int32_t *x = memory(n, sizeof *x), *y = memory(n, sizeof *y);
+  r->per_step = n * (size_t)r->accum;
   run_begin(r);
-  text_add(&model, "GPT, layers %s, heads %s, width %s, block %s", commas(c.g.n_layers),
-           commas(c.g.n_heads), commas(c.g.width), commas(c.g.block));
+  char model[128];
+  text data = {0};
+  snprintf(model, sizeof model, "GPT, layers %u, heads %u, width %u, block %u",
+           (unsigned)g->n_layers, (unsigned)g->n_heads, (unsigned)g->width,
+           (unsigned)g->block);
   text_add(&data, "%s: %s bytes, %d different; the last tenth validates", c.data,
            commas(c.set.n), (int)c.vocab.n);
-  run_announce(r, model.s, data.s);
-  stop_install();
-  run_loop(r);
-  if (r->step < r->steps) code = run_interrupted(r, argv[0]);
-  else train_finish(&c, argv[0]);
-  text_free(&model);
+  run_announce(r, model, data.s);
   text_free(&data);
-  free(c.x);
-  free(c.y);
+  stop_install();
+
+  while (r->step < r->steps && !stop_signal) {
+    double start = seconds(), norm = 0, val_loss = NAN;
+
+    /* One update: the gradients of all micro-batches add up. */
+    r->loss = 0;
+    exf_step_begin(ctx, r->step);
+    exf_training_set(ctx, 1);
+    for (uint64_t k = 0; k < r->accum; k++) {
+      train_batch(&c, r->step * r->accum + k, x, y);
+      exf_tensor *logits = gpt_forward(ctx, g, x, batch, g->block, NULL);
+      exf_tensor *loss = exf_cross_entropy(ctx, logits, y, 0);
+      r->loss += exf_item(loss) / (double)r->accum;
+      exf_backward(ctx, exf_scale(ctx, loss, 1 / (double)r->accum));
+      exf_rewind(ctx);
+    }
+    exf_training_set(ctx, 0);
+    exf_optim_step(r->optim, exf_schedule_lr(&r->schedule, r->step), &norm);
+    run_check(r, 0);
+    double spent = seconds() - start;
+    r->step++;
+
+    /* Evaluate, tell, save. */
+    if (run_due(r, r->eval_every)) {
+      val_loss = evaluate(ctx, g, NULL, val, n_val).val_loss;
+      run_check(r, val_loss);
+    }
+    run_log(r, norm, spent, val_loss, "");
+    if (r->step < r->steps && run_due(r, r->save_every)) {
+      run_save_results(r);
+      run_save_checkpoint(r);
+    }
+  }
+  free(x);
+  free(y);
+
+  if (r->steps == 0) run_check(r, evaluate(ctx, g, NULL, val, n_val).val_loss);
+  run_save_results(r);
+  if (r->step < r->steps) {
+    run_save_checkpoint(r);
+    code = run_stopped(r, argv[0]);
+  } else {
+    /* The merged file, read back, against the model in memory. */
+    open_model(ctx, r->out, &merged, &c.vocab);
+    merge_result m = evaluate(ctx, g, &merged, val, n_val);
+    exf_model_free(merged.model);
+    free(merged.blocks);
+    if (r->ffn == EXF_MB && r->routed) {
+      exf_routing_set(ctx, 1);              /* the routers instead of the banks */
+      m.gap = m.val_loss - evaluate(ctx, g, NULL, val, n_val).val_loss;
+      exf_routing_set(ctx, 0);
+    }
+    run_finish(r, &m, NULL, "nats per character", argv[0], "sample");
+  }
+  free(g->blocks);
   free(c.set.tokens);
-  exf_optim_free(r->optim);
-  gpt_free(&c.g);
-  exf_ctx_free(r->ctx);
   run_free(r);
   return code;
 }
 
 /* ---- sample ----------------------------------------------------------------------- */
-
-typedef struct sampling {
-  double temperature, top_p;
-  uint64_t top_k, seed, n;
-} sampling;
-
-/* Draw `index` of a token from softmax(logits / temperature), of which only the top_k
-   likeliest, and of these the fewest that hold top_p of the probability, can come. */
-static int32_t choose(const exf_tensor *logits, const sampling *s, uint64_t index) {
-  size_t i, j, n = 0, kept = s->top_k && s->top_k < logits->size ? (size_t)s->top_k
-                                                                 : logits->size;
-  int32_t order[256] = {0};
-  double p[256], total = 0, mass = 0, draw;
-  for (i = 0; i < logits->size; i++) {    /* by falling logit, then rising token */
-    for (j = i; j > 0 && logits->data[order[j - 1]] < logits->data[i]; j--)
-      order[j] = order[j - 1];
-    order[j] = (int32_t)i;
+/* The prompt as tokens, the last `block` of them; a line end (10) when it is empty. */
+static size_t prompt_tokens(const char *prompt, const vocabulary *v, size_t block,
+                            int32_t *tokens) {
+  size_t n = strlen(prompt), skip = n > block ? n - block : 0;
+  for (size_t i = 0; i < n; i++) {
+    int token = v->token[(unsigned char)prompt[i]];
+    if (token < 0)
+      fail(1, "--prompt: byte %d, of code %d, is not in the model's vocabulary of %d",
+           (int)i, (unsigned char)prompt[i], (int)v->n);
+    if (i >= skip) tokens[i - skip] = token;
   }
-  if (!(s->temperature > 0)) return order[0];
-  for (i = 0; i < kept; i++) {
-    double d = (double)logits->data[order[i]] - (double)logits->data[order[0]];
-    p[i] = exp(d / s->temperature);
-    total += p[i];
-  }
-  while (n < kept && (n == 0 || mass < s->top_p * total)) mass += p[n++];
-  draw = mass * exf_rng_uniform(s->seed, exf_rng_stream("sample"), 0, index);
-  for (i = 0; i + 1 < n && draw >= p[i]; i++) draw -= p[i];
-  return order[i];
+  if (n == 0) tokens[0] = v->token[10] < 0 ? 0 : v->token[10];
+  return n == 0 ? 1 : n - skip;
 }
-
-/* Writes n characters. When the context is full, its last half is kept and the cache
-   filled anew, since positions are absolute. */
+/* When the context is full, its last half goes on: positions are absolute. */
 static void generate(exf_ctx *ctx, const gpt *g, const vocabulary *v, const char *path,
-                     const char *prompt, const sampling *s) {
-  int32_t *context = (int32_t *)memory(g->block, sizeof *context);
-  size_t n = prompt_tokens(prompt, v, g->block, context), done = 0, half, k;
+                     const char *prompt, const exf_sample_desc *how, uint64_t n_wanted) {
+  int32_t *context = memory(g->block, sizeof *context);
+  size_t n = prompt_tokens(prompt, v, g->block, context), done = 0;
   exf_kv *kv = exf_kv_new(ctx, g->n_layers, g->block, g->width);
-  uint64_t i;
   exf_grad_set(ctx, 0);
-  put_bytes(prompt, strlen(prompt));
-  for (i = 0; i < s->n; i++) {
-    exf_tensor *logits = gpt_next(ctx, g, context + done, n - done, kv);
-    double sum = 0;
-    int32_t token;
-    check(ctx);
-    for (k = 0; k < logits->size; k++) sum += (double)logits->data[k];
-    check_finite(sum, path);
-    token = choose(logits, s, i);
+  printf("%s", prompt);
+  for (uint64_t i = 0; i < n_wanted; i++) {
+    exf_tensor *logits = gpt_forward(ctx, g, context + done, 1, n - done, kv);
+    int32_t token = exf_sample(ctx, logits, how, i);
+    if (token < 0) fail(1, "%s: %s", path, exf_error(ctx));
     exf_rewind(ctx);
-    put_bytes(&v->byte[token], 1);
+    putchar(v->byte[token]);
+    stdout_check();
     done = n;
     if (n == g->block) {
-      half = g->block > 1 ? g->block / 2 - (g->block > 3) : 0;
+      size_t half = g->block > 1 ? g->block / 2 - (g->block > 3) : 0;
       memmove(context, context + n - half, half * sizeof *context);
       exf_kv_reset(kv);
       done = 0;
@@ -448,87 +398,68 @@ static void generate(exf_ctx *ctx, const gpt *g, const vocabulary *v, const char
     }
     context[n++] = token;
   }
-  put_bytes("\n", 1);
+  printf("\n");
   exf_kv_free(kv);
   free(context);
 }
 
 static int sample(int argc, char **argv) {
-  const char *place = NULL, *prompt = "";
-  sampling s = {0.8, 1, 0, 1, 500};
-  flag flags[] = {
-    {"prompt", 's', FLAG_ONCE, &prompt, 0, 0, NULL, "the text to continue", 0, NULL},
-    {"n", 'u', FLAG_ONCE, &s.n, 0, 1e15, NULL, "characters to write", 0, NULL},
-    {"temperature", 'x', FLAG_ONCE, &s.temperature, 0, 1e6, NULL, "0: the likeliest", 0,
-     NULL},
-    {"top-k", 'u', FLAG_ONCE, &s.top_k, 0, 1e9, NULL, "draw from the K likeliest; 0: all",
-     0, NULL},
-    {"top-p", 'x', FLAG_ONCE, &s.top_p, 0, 1, NULL,
-     "draw from the likeliest that hold this share", 0, NULL},
-    {"seed", 'u', FLAG_ONCE, &s.seed, 0, 1.8e19, NULL, "of the draws", 0, NULL}};
-  const char *usage = "charlm sample DIR|FILE [flags]";
-  exf_ctx *ctx;
+  const char *place, *prompt = "";
+  double temperature = 0.8, top_p = 1;
+  uint64_t top_k = 0, seed = 1, n = 500;
+  const flag table[] = {
+    {"prompt", 's', FLAG_ONCE, &prompt, "", "the text to continue"},
+    {"n", 'u', FLAG_ONCE, &n, "0 1e15", "characters to write"},
+    {"temperature", 'x', FLAG_ONCE, &temperature, "0 1e6", "0: the likeliest"},
+    {"top-k", 'u', FLAG_ONCE, &top_k, "0 1e9", "draw from the K likeliest; 0: all"},
+    {"top-p", 'x', FLAG_ONCE, &top_p, "0 1", "from the likeliest that hold this share"},
+    {"seed", 'u', FLAG_ONCE, &seed, "0 1.8e19", "of the draws"},
+    {0}};
+  flags f;
   gpt g;
   vocabulary v;
-  char *path;
-  flags_parse(flags, 6, argc, argv, &place, usage);
-  if (!place) fail(2, "no model named: usage: %s", usage);
-  ctx = exf_ctx_new(NULL);
-  check(ctx);
-  path = open_model(ctx, place, &g, &v);
-  if (v.n == 0)
-    fail(1, "%s has no exf.vocab, the list of its characters: train --init with it and "
-         "--steps 0 gives it one", path);
-  generate(ctx, &g, &v, path, prompt, &s);
-  free(path);
-  gpt_free(&g);
+  exf_ctx *ctx = command_begin(&f, table, argc, argv, &place,
+                               "charlm sample DIR|FILE [flags]");
+  const char *path = open_model(ctx, place, &g, &v);
+  generate(ctx, &g, &v, path, prompt, &(exf_sample_desc){.seed = seed,
+    .temperature = temperature > 0 ? temperature : EXF_ZERO, .top_k = (size_t)top_k,
+    .top_p = fmax(top_p, 1e-9)}, n);
+  exf_model_free(g.model);
+  free(g.blocks);
   exf_ctx_free(ctx);
-  flags_free(flags, 6);
+  flags_free(&f);
   return 0;
 }
 
 /* ---- eval, main ------------------------------------------------------------------- */
-
 static int eval(int argc, char **argv) {
-  const char *place = NULL, *data = "", *usage = "charlm eval DIR|FILE [flags]";
+  const char *place, *data = "exfusion.h";
   int split = 0;
-  flag flags[] = {
-    {"data", 's', FLAG_ONCE, &data, 0, 0, NULL, "none: what the model was trained on",
-     0, NULL},
-    {"split", 'c', FLAG_ONCE, &split, 0, 0, "val|train|all", "part of it", 0, NULL}};
-  exf_ctx *ctx;
+  const flag table[] = {
+    {"data", 's', FLAG_ONCE, &data, "", "if not given, what the model was trained on"},
+    {"split", 'c', FLAG_ONCE, &split, "val|train|all", "part of it"}, {0}};
+  flags f;
   gpt g;
   vocabulary v;
   dataset d;
-  merge_result e;
-  char *path, *found = NULL, name[48];
-  size_t begin, n;
-  flags_parse(flags, 2, argc, argv, &place, usage);
-  if (!place) fail(2, "no model named: usage: %s", usage);
-  ctx = exf_ctx_new(NULL);
-  check(ctx);
-  path = open_model(ctx, place, &g, &v);
-  flag_of_run(&flags[0], path);
-  if (!*data) data = found = default_data(argv[0]);
-  else flag_recorded(&flags[0], place);
-  dataset_read(&d, data, &v, g.n_vocab);
-  dataset_encode(&d, data, &v);
-  begin = split == 0 ? d.n_train : 0;
-  n = split == 1 ? d.n_train : d.n - begin;
-  dataset_check(n, g.block, split == 0 ? "validation" : "chosen", data);
-  e = evaluate(ctx, &g, NULL, d.tokens + begin, n);
+  exf_ctx *ctx = command_begin(&f, table, argc, argv, &place,
+                               "charlm eval DIR|FILE [flags]");
+  const char *path = open_model(ctx, place, &g, &v);
+  flags_of_run(&f, path);
+  flag_recorded(&f, "data", place);
+  dataset_read(&d, data, &v, g.block);
+  size_t begin = split == 0 ? d.n_train : 0, n = split == 1 ? d.n_train : d.n - begin;
+  merge_result e = evaluate(ctx, &g, NULL, d.tokens + begin, n);
   check_finite(e.val_loss, path);
-  choice_name(flags[1].choices, split, name);
-  printf("%s_loss %.9g   nats per character (%.4f bits), %s characters of ", name,
-         e.val_loss, e.val_loss / log(2), commas(e.n));
-  print_plain(data);
-  printf("\n");
-  gpt_free(&g);
+  printf("%s_loss %.9g   nats per character (%.4f bits), %s characters",
+         choice_name("val|train|all", split), e.val_loss, e.val_loss / log(2),
+         commas(e.n));
+  print_line(" of ", data);
+  exf_model_free(g.model);
+  free(g.blocks);
   exf_ctx_free(ctx);
-  flags_free(flags, 2);
+  flags_free(&f);
   free(d.tokens);
-  free(path);
-  free(found);
   return 0;
 }
 

@@ -8,26 +8,20 @@
 #include "../exfusion.h"
 
 #include <stdio.h>
-#include <string.h>
 
 int main(void) {
   const exf_real numbers[] = {1, 2, 3, 4};
   exf_ctx *ctx = exf_ctx_new(NULL);
   exf_model *model = exf_model_new(ctx);
-  exf_param_desc half;
-  exf_tensor *w, *x, *loss;
-
-  memset(&half, 0, sizeof half);                 /* zero means default, everywhere */
-  half.shape = exf_shape1(2);
-  half.init_value = 0.5;
-  w = exf_param_new(model, "w", &half);                          /* (2): 0.5 0.5 */
-  x = exf_tensor_new(ctx, exf_shape2(2, 2), numbers);            /* (2,2): 1 2 / 3 4 */
+  exf_tensor *w = exf_param_new(model, "w", &(exf_param_desc){     /* (2): 0.5 0.5 */
+    .shape = exf_shape1(2), .init_value = 0.5});     /* what is left out is a default */
+  exf_tensor *x = exf_tensor_new(ctx, exf_shape2(2, 2), numbers);  /* (2,2): 1 2 / 3 4 */
 
   /* L = sum_ij (x_ij w_j)^2, so dL/dw_j = 2 w_j sum_i x_ij^2 */
-  loss = exf_sum(ctx, exf_square(ctx, exf_mul(ctx, x, w)), EXF_ALL_AXES, 0);
+  exf_tensor *loss = exf_sum(ctx, exf_square(ctx, exf_mul(ctx, x, w)), EXF_ALL_AXES, 0);
   exf_backward(ctx, loss);
 
-  if (exf_ctx_status(ctx) != EXF_OK) {
+  if (!ctx || exf_ctx_status(ctx) != EXF_OK) {
     fprintf(stderr, "hello: %s\n", ctx ? exf_error(ctx) : "out of memory");
     return 1;
   }

@@ -186,7 +186,7 @@ static exf_ctx *new_ctx(void) {
 #endif
   ctx = exf_ctx_new(&desc);
   if (CHECK(ctx != NULL)) snprintf(isa_name, sizeof isa_name, "%s",
-                                   exf_isa_name(exf_isa_get(ctx)));
+                                   exf_isa_name(exf_ctx_desc(ctx).isa));
   return ctx;
 }
 
@@ -251,7 +251,7 @@ static void check_run(const char *name, const tiny_desc *d, uint64_t steps) {
   training_run(&whole, steps / 2, steps, steps);
   training_new(&half, d);    /* resumed in the middle: the same bits at the end */
   st = exf_st_open(half.ctx, PATH, NULL);
-  exf_checkpoint_load(half.g.model, half.optim, st);
+  exf_checkpoint_load_st(half.g.model, half.optim, st);
   exf_st_close(st);
   training_run(&half, steps / 2, steps, steps);
   CHECK(same_params(whole.g.model, half.g.model));
@@ -272,7 +272,7 @@ static void check_run(const char *name, const tiny_desc *d, uint64_t steps) {
   memset(&dense.fusion, 0, sizeof dense.fusion);
   training_new(&half, &dense);
   st = exf_st_open(half.ctx, PATH, NULL);
-  CHECK(exf_model_load(half.g.model, st) == EXF_OK);
+  CHECK(exf_model_load_st(half.g.model, st) == EXF_OK);
   exf_st_close(st);
   loaded = tiny_eval(half.ctx, &half.g, &n3);
   CHECK(n == n2 && same_bits(fused, merged, n));
@@ -323,7 +323,7 @@ TEST(a_wide_model_does) {
 TEST(messages_are_whole) {
   exf_ctx *ctx = new_ctx();
   exf_tensor *a = exf_tensor_new(ctx, exf_shape2(2, 3), NULL);
-  CHECK(exf_matmul(ctx, a, a, 0, 0) == NULL);
+  CHECK(exf_matmul(ctx, a, a, 0) == NULL);
   CHECK_ERR(ctx, EXF_SHAPE, "(2,3) and (2,3)");
   exf_tensor_new(ctx, exf_shape2((size_t)-1, 3), NULL);
   CHECK(exf_ctx_status(ctx) == EXF_SIZE);
@@ -340,8 +340,13 @@ static int flush_subnormals(void) {
 }
 
 static int isa_available(exf_isa isa) {
-  exf_ctx *ctx = exf_ctx_new(NULL);
-  int ok = exf_isa_set(ctx, isa) == EXF_OK;
+  exf_desc desc;
+  exf_ctx *ctx;
+  int ok;
+  memset(&desc, 0, sizeof desc);
+  desc.isa = isa;
+  ctx = exf_ctx_new(&desc);
+  ok = exf_ctx_status(ctx) == EXF_OK;
   exf_ctx_free(ctx);
   option_isa = isa;
   return ok;

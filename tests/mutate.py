@@ -35,18 +35,21 @@ SECONDS = 40
 SECTIONS = {
     "kernels": ("-optim", "-exfusion", "*ops", "-golden", "+kernels"),
     "fast": ("+kernels",),
+    "bodies": ("-optim", "-exfusion", "*ops", "-golden", "+kernels"),
     "optim_impl": ("-optim", "-exfusion", "-misuse", "*algebra", "-golden", "*faults",
                    "-resume"),
     "schedule": ("-optim", "-exfusion", "-misuse"),
-    "merged": ("-optim", "-exfusion", "-misuse", "*algebra", "*faults", "!optim"),
-    "files": ("*safetensors", "-power", "-misuse", "*faults"),
+    "ema_impl": ("-optim", "-exfusion", "-misuse", "*algebra", "*faults", "!optim"),
+    "system": ("*safetensors", "-power", "-misuse", "*faults"),
+    "save": ("*safetensors", "-power", "-misuse", "*faults"),
     "safetensors": ("*safetensors", "-malicious", "!safetensors"),
     "st-writer": ("*safetensors", "-power", "*faults", "!safetensors"),
     "checkpoint": ("-power", "-exfusion", "-misuse", "*safetensors", "*faults",
                    "-resume"),
 }
-WEIGHT = {"kernels": 4, "fast": 4, "optim_impl": 3, "safetensors": 4, "st-writer": 2,
-          "checkpoint": 2, "files": 1, "schedule": 1, "merged": 1}
+WEIGHT = {"kernels": 2, "fast": 2, "bodies": 4, "optim_impl": 3, "safetensors": 4,
+          "st-writer": 2, "checkpoint": 2, "system": 1, "save": 1, "schedule": 1,
+          "ema_impl": 1}
 
 CHANGES = [
     (r"(?<=[\w\])] )\+(?= [\w(])", "-"), (r"(?<=[\w\])] )-(?= [\w(])", "+"),
@@ -75,7 +78,7 @@ def sites(lines):
     found = {name: [] for name in SECTIONS}
     name, comment, implementation, here = None, False, False, True
     for i, line in enumerate(lines):
-        if line.startswith("#"):   # AVX-512 and NEON: not on every machine
+        if re.match("#(if|elif|else|endif)", line):   # AVX-512, NEON: not everywhere
             here = re.match(r"#(if|elif) EXF__INSTANCE == [45]", line) is None
         tag = re.match(r"/\* ----.*>>([\w-]+) ", line)
         implementation = implementation or ">>impl " in line

@@ -63,7 +63,7 @@ build() {
     test_algebra | test_faults | test_kernels | test_ops | test_ops_double \
       | test_safetensors) object= ;;
     *_double) object=$dir/double.o; set -- "$@" -DEXF_DOUBLE ;;
-    test_images | test_vit_golden) set -- "$@" ${stb:+"$stb"} ;;
+    test_fuzz | test_images | test_vit_golden) set -- "$@" $stb ;;
   esac
   if [ $object ]; then
     if [ ! -f $object ]; then $cc $flags "$@" -c $dir/impl.c -o $object || exit 1; fi

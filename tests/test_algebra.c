@@ -25,8 +25,8 @@ static int start(gpt *g, exf_fusion_desc fusion, int perturb_experts) {
   if (!CHECK(gpt_new(g, &desc, EXF_ISA_AUTO))) return 0;
   for (i = 0; i < exf_model_n_params(g->model); i++) {
     exf_param *p = exf_model_param(g->model, i);
-    exf_tensor *t = exf_param_tensor(p);
-    const char *name = exf_param_name(p);
+    exf_tensor *t = &p->tensor;
+    const char *name = p->name;
     if (strstr(name, ".fusion.") || (!perturb_experts && strstr(name, ".mlp.")))
       continue;
     for (j = 0; j < t->size; j++)
@@ -73,7 +73,7 @@ static exf_tensor *counterpart(gpt *experts, const char *name) {
   else
     snprintf(key, sizeof key, "%s", name);
   p = exf_model_find(experts->model, key);
-  return CHECK(p != NULL) ? exf_param_tensor(p) : NULL;
+  return CHECK(p != NULL) ? &p->tensor : NULL;
 }
 
 /* Number j of it, an FFN's being the mean of its experts. */
@@ -88,7 +88,7 @@ static void copy_mean(gpt *dense, gpt *experts) {
   size_t i, j;
   for (i = 0; i < exf_model_n_params(dense->model); i++) {
     exf_param *p = exf_model_param(dense->model, i);
-    exf_tensor *a = exf_param_tensor(p), *b = counterpart(experts, exf_param_name(p));
+    exf_tensor *a = &p->tensor, *b = counterpart(experts, p->name);
     for (j = 0; b && j < a->size; j++) a->data[j] = mean_value(b, a->size, j);
   }
 }
@@ -99,7 +99,7 @@ static double distance(gpt *dense, gpt *experts) {
   size_t i, j, compared = 0;
   for (i = 0; i < exf_model_n_params(dense->model); i++) {
     exf_param *p = exf_model_param(dense->model, i);
-    exf_tensor *a = exf_param_tensor(p), *b = counterpart(experts, exf_param_name(p));
+    exf_tensor *a = &p->tensor, *b = counterpart(experts, p->name);
     for (j = 0; b && j < a->size; j++, compared++) {
       d = fabs(a->data[j] - mean_value(b, a->size, j));
       if (!(d <= worst)) worst = d;
@@ -118,7 +118,7 @@ static double plain_adamw(gpt *g, double lr, double eps, double eps_ffn, double 
   size_t i, j, k = 0;
   double square = 0.0, scale, norm;
   for (i = 0; i < exf_model_n_params(g->model); i++) {
-    exf_tensor *p = exf_param_tensor(exf_model_param(g->model, i));
+    exf_tensor *p = &exf_model_param(g->model, i)->tensor;
     if (!CHECK(p->grad != NULL)) return 0.0;
     for (j = 0; j < p->size; j++) square += p->grad[j] * p->grad[j];
   }
@@ -127,9 +127,9 @@ static double plain_adamw(gpt *g, double lr, double eps, double eps_ffn, double 
   if (scale > 1.0) scale = 1.0;
   for (i = 0; i < exf_model_n_params(g->model); i++) {
     exf_param *param = exf_model_param(g->model, i);
-    exf_tensor *p = exf_param_tensor(param);
-    double e = strstr(exf_param_name(param), ".mlp.") ? eps_ffn : eps;
-    double wd = exf_param_decays(param) ? DECAY : 0.0;
+    exf_tensor *p = &param->tensor;
+    double e = strstr(param->name, ".mlp.") ? eps_ffn : eps;
+    double wd = param->decay ? DECAY : 0.0;
     for (j = 0; j < p->size; j++, k++) {
       double gradient = scale * p->grad[j];
       m[k] = 0.9 * m[k] + 0.1 * gradient;
@@ -188,12 +188,12 @@ TEST(sw_under_adamw_is_dense_with_n_eps) {
 
 static int select_ffn_matrix(const exf_param *param, void *user) {
   (void)user;
-  return strstr(exf_param_name(param), ".mlp.") != NULL && exf_param_decays(param);
+  return strstr(param->name, ".mlp.") != NULL && param->decay;
 }
 
 static int select_ffn_bias(const exf_param *param, void *user) {
   (void)user;
-  return strstr(exf_param_name(param), ".mlp.") != NULL && !exf_param_decays(param);
+  return strstr(param->name, ".mlp.") != NULL && !param->decay;
 }
 
 /* 50 steps of SGD with coupled decay; the dense FFNs take lr / N and factor x decay. */
@@ -250,8 +250,8 @@ static double spread_of_experts(gpt *g) {
   double d, worst = 0.0;
   for (i = 0; i < exf_model_n_params(g->model); i++) {
     exf_param *p = exf_model_param(g->model, i);
-    exf_tensor *t = exf_param_tensor(p);
-    if (!strstr(exf_param_name(p), ".experts.")) continue;
+    exf_tensor *t = &p->tensor;
+    if (!strstr(p->name, ".experts.")) continue;
     n = t->size / t->shape.dim[0];
     sets++;
     for (j = n; j < t->size; j++) {
@@ -275,8 +275,7 @@ static void copies(exf_variant variant, int softmax) {
   fusion.upcycle = EXF_UP_COPY;
   if (!start(&g, fusion, 0)) return;
   optim = adamw(g.model, 1e-8, 1.0);
-  set = exf_param_tensor(
-      exf_model_find(g.model, "transformer.h.0.mlp.experts.c_fc.weight"));
+  set = &exf_model_find(g.model, "transformer.h.0.mlp.experts.c_fc.weight")->tensor;
   before = set->data[0];
   for (step = 0; step < 20; step++) {
     CHECK(spread_of_experts(&g) == 0.0);
@@ -301,13 +300,13 @@ static size_t differences(gpt *g, double *out, int *decays, size_t room) {
   size_t i, j, n, k = 0;
   for (i = 0; i < exf_model_n_params(g->model); i++) {
     exf_param *p = exf_model_param(g->model, i);
-    exf_tensor *t = exf_param_tensor(p);
-    if (!strstr(exf_param_name(p), ".experts.")) continue;
+    exf_tensor *t = &p->tensor;
+    if (!strstr(p->name, ".experts.")) continue;
     n = t->size / t->shape.dim[0];
     if (!CHECK(k + t->size <= room)) return 0;
     for (j = 0; j < t->size; j++, k++) {
       out[k] = t->data[j] - mean_value(t, n, j % n);
-      decays[k] = exf_param_decays(p);
+      decays[k] = p->decay;
     }
   }
   return k;
@@ -365,7 +364,7 @@ static void zerosum(exf_variant variant, int softmax, int routed) {
   CHECK(exf_model_upcycle(g.model, &fusion) == EXF_OK);
   p = exf_model_find(g.model, "transformer.h.1.mlp.experts.c_proj.weight");
   if (!CHECK(p != NULL)) return;
-  t = exf_param_tensor(p);
+  t = &p->tensor;
   CHECK(t->shape.n == 3 && t->shape.dim[0] == 4 && t->shape.dim[1] == 16
         && t->shape.dim[2] == 64);
   gpt_evaluate(&g, ids, 2, after);
@@ -398,7 +397,7 @@ TEST(zerosum_preserves_logits) {
 static double invariant(gpt *g, size_t f, size_t expert) {
   static const char *const tensors[] = {"c_fc.weight", "c_fc.bias", "c_proj.weight",
                                         "c_proj.bias"};
-  const char *ffn = exf_ffn_name(exf_model_ffn(g->model, f));
+  const char *ffn = exf_model_ffn(g->model, f)->name;
   double value, a[N];
   size_t k, j, n;
   exf_param *p;
@@ -410,7 +409,7 @@ static double invariant(gpt *g, size_t f, size_t expert) {
     snprintf(name, sizeof name, "%s.experts.%s", ffn, tensors[k]);
     p = exf_model_find(g->model, name);
     if (!CHECK(p != NULL)) return 0.0;
-    t = exf_param_tensor(p);
+    t = &p->tensor;
     n = t->size / N;
     for (j = 0; j < n; j++)
       value -= t->data[expert * n + j] * t->data[expert * n + j];
@@ -470,11 +469,11 @@ TEST(raw_weights_conserve_their_invariant) {
    by every a_i G */
 static double gradient_square(exf_param *p, int materialise) {
   static double g[16384];
-  exf_tensor *t = exf_param_tensor(p);
+  exf_tensor *t = &p->tensor;
   size_t j, n = t->size;
   double sum = 0.0;
   if (!CHECK(t->grad != NULL && t->size <= 16384)) return 0.0;
-  if (strstr(exf_param_name(p), ".experts.") && !materialise) n /= N;
+  if (strstr(p->name, ".experts.") && !materialise) n /= N;
   if (materialise) CHECK(exf_expert_grad(p, g) == EXF_OK);
   for (j = 0; j < n; j++)
     sum += materialise ? g[j] * g[j] : t->grad[j] * t->grad[j];
@@ -521,7 +520,7 @@ static double accumulation_distance(exf_variant variant) {
     if (!start(&g[k], gpt_fusion(variant, variant == EXF_DENSE ? 0 : N), 1)) return 1.0;
     optim[k] = adamw(g[k].model, 1e-4, 1.0);
   }
-  before = exf_param_tensor(exf_model_param(g[0].model, 0))->data[0];
+  before = exf_model_param(g[0].model, 0)->tensor.data[0];
   for (step = 0; step < 10; step++) {
     gpt_tokens(&g[0], step, tokens, TOKENS);
     for (k = 0; k < 2; k++) exf_step_begin(g[k].ctx, step);
@@ -533,8 +532,8 @@ static double accumulation_distance(exf_variant variant) {
     if (!(d <= worst)) worst = d;
   }
   for (i = 0; i < exf_model_n_params(g[0].model); i++) {
-    exf_tensor *a = exf_param_tensor(exf_model_param(g[0].model, i));
-    exf_tensor *b = exf_param_tensor(exf_model_param(g[1].model, i));
+    exf_tensor *a = &exf_model_param(g[0].model, i)->tensor;
+    exf_tensor *b = &exf_model_param(g[1].model, i)->tensor;
     for (j = 0; j < a->size; j++) {
       d = fabs(a->data[j] - b->data[j]);
       if (!(d <= worst)) worst = d;
@@ -566,8 +565,8 @@ static double merged_distance(gpt *g, gpt *other) {
   exf_model_merge(other->model);
   CHECK(exf_model_n_params(g->model) == exf_model_n_params(other->model));
   for (i = 0; i < exf_model_n_params(g->model); i++) {
-    exf_tensor *a = exf_param_tensor(exf_model_param(g->model, i));
-    exf_tensor *b = exf_param_tensor(exf_model_param(other->model, i));
+    exf_tensor *a = &exf_model_param(g->model, i)->tensor;
+    exf_tensor *b = &exf_model_param(other->model, i)->tensor;
     for (j = 0; CHECK(a->size == b->size) && j < a->size; j++) {
       d = a->data[j] - b->data[j];
       change += d * d;
@@ -578,21 +577,19 @@ static double merged_distance(gpt *g, gpt *other) {
   return sqrt(change / square);
 }
 
-/* The same training with every expert's own moments, and `thrifty`: a lean set (sw), or
-   shared moments. 50 steps in which eps matters and some clip by the norm over experts. */
-static double thrifty_distance(exf_fusion_desc fusion, exf_optim_desc desc, int lean) {
+/* The same training with every expert's own moments, and with shared ones. 50 steps in
+   which eps matters and some clip by the norm over experts. */
+static double thrifty_distance(exf_fusion_desc fusion, exf_optim_desc desc) {
   exf_optim_desc thrifty_desc = desc;
-  exf_fusion_desc thrifty_fusion = fusion;
   exf_optim *optim, *optim_thrifty;
   double norm = 0.0, norm_thrifty = 0.0, d, worst = 0.0;
   gpt g, thrifty;
   uint32_t step;
-  thrifty_fusion.lean = (size_t)lean;
-  thrifty_desc.shared_moments = !lean;
-  if (!start(&g, fusion, 0) || !start(&thrifty, thrifty_fusion, 0)) return 1.0;
+  thrifty_desc.shared_moments = 1;
+  if (!start(&g, fusion, 0) || !start(&thrifty, fusion, 0)) return 1.0;
   optim = exf_optim_new(g.model, &desc);
   optim_thrifty = exf_optim_new(thrifty.model, &thrifty_desc);
-  CHECK((exf_model_count(thrifty.model) < exf_model_count(g.model)) == lean);
+  CHECK(exf_ctx_stats(thrifty.ctx).bytes < exf_ctx_stats(g.ctx).bytes);
   for (step = 0; step < 50; step++) {
     double loss = batch_backward(&g, step);
     exf_optim_step(optim, 1e-2, &norm);
@@ -612,37 +609,28 @@ static double thrifty_distance(exf_fusion_desc fusion, exf_optim_desc desc, int 
   return worst;
 }
 
-static exf_optim_desc thrifty_optim(exf_optim_kind kind) {
+static exf_optim_desc thrifty_optim(void) {
   exf_optim_desc desc;
   memset(&desc, 0, sizeof desc);
-  desc.kind = kind;
   desc.beta2 = 0.99;
   desc.eps = 1e-3;
-  desc.momentum = kind == EXF_SGD ? 0.9 : 0.0;
   desc.weight_decay = DECAY;
   desc.clip = 0.8;
   desc.expert_norm = 1;
   return desc;
 }
 
-TEST(lean_sw_is_sw) {
-  exf_fusion_desc sw = gpt_fusion(EXF_SW, N);
-  CHECK_NEAR(thrifty_distance(sw, thrifty_optim(EXF_ADAMW), 1), 0.0, 1e-12);
-  CHECK_NEAR(thrifty_distance(sw, thrifty_optim(EXF_SGD), 1), 0.0, 1e-12);
-}
-
 TEST(shared_moments_are_exact_for_sw) {
-  CHECK_NEAR(thrifty_distance(gpt_fusion(EXF_SW, N), thrifty_optim(EXF_ADAMW), 0), 0.0,
-             1e-12);
+  CHECK_NEAR(thrifty_distance(gpt_fusion(EXF_SW, N), thrifty_optim()), 0.0, 1e-12);
 }
 
 /* What the approximation costs where weights change: of the length of all parameters. */
 TEST(shared_moments_come_close_for_dw_and_mb) {
-  exf_optim_desc desc = thrifty_optim(EXF_ADAMW);
+  exf_optim_desc desc = thrifty_optim();
   double dw, mb;
   desc.eps = 1e-8;
-  dw = thrifty_distance(gpt_fusion(EXF_DW, N), desc, 0);
-  mb = thrifty_distance(gpt_fusion(EXF_MB, N), desc, 0);
+  dw = thrifty_distance(gpt_fusion(EXF_DW, N), desc);
+  mb = thrifty_distance(gpt_fusion(EXF_MB, N), desc);
   printf("  50 steps with shared moments deviate by %.1e (dw), %.1e (mb)\n", dw, mb);
   CHECK(dw > 0.0 && dw < 0.05);
   CHECK(mb > 0.0 && mb < 0.05);
@@ -661,26 +649,24 @@ TEST(updates_in_pieces_are_those_of_the_whole) {
           exf_rng_uniform(1, 1, 1, (uint64_t)k);
     for (k = 0; k < SIZE; k++) g[k] = exf_rng_normal(1, 1, 2, (uint64_t)k);
     for (pieces = 0; pieces < 2; pieces++) {
-      exf_param p;
       exf__update u;
-      memset(&p, 0, sizeof p);
+      exf__kernel *update = kind == 0 ? exf__sgd
+                            : kind == 1 ? exf__kernels_for(EXF_ISA_REF)->adamw
+                                        : exf__kernels_for(EXF_ISA_REF)->adamw_shared;
       memset(&u, 0, sizeof u);
-      p.t.data = x[pieces][0];
-      p.t.grad = g;
-      p.m = x[pieces][1];
-      p.v = kind > 0 ? x[pieces][2] : NULL;
-      u.k = &exf__kernels_ref;
-      u.p = &p;
-      u.n_experts = 3;
-      u.stride = SIZE;
-      u.scale = scale;
-      u.shared = kind == 2;
-      u.adamw.clip = u.adamw.decay = u.adamw.inv_sqrt_bias2 = 1;
-      u.adamw.beta1 = u.adamw.one_minus_beta1 = u.adamw.beta2 = 0.5;
-      u.adamw.one_minus_beta2 = u.adamw.step = u.adamw.eps = 0.5;
+      u.adam.n_experts = 3;
+      u.adam.stride = SIZE;
+      u.adam.p = x[pieces][0];
+      u.adam.m = x[pieces][1];
+      u.adam.v = x[pieces][2];
+      u.adam.g = g;
+      u.adam.scale = scale;
+      u.adam.clip = u.adam.decay = u.adam.inv_sqrt_bias2 = 1;
+      u.adam.beta1 = u.adam.one_minus_beta1 = u.adam.beta2 = 0.5;
+      u.adam.one_minus_beta2 = u.adam.step = u.adam.eps = 0.5;
       u.lr = u.momentum = 0.5;
-      if (!pieces) exf__update_job(&u, 0, SIZE, NULL);
-      for (k = 0; pieces && k < 3; k++) exf__update_job(&u, cut[k], cut[k + 1], NULL);
+      if (!pieces) update(&u, 0, SIZE, NULL);
+      for (k = 0; pieces && k < 3; k++) update(&u, cut[k], cut[k + 1], NULL);
     }
     CHECK(memcmp(x[0], x[1], sizeof x[0]) == 0);
     CHECK(x[0][0][ALL - 1] != exf_rng_uniform(1, 1, 1, ALL - 1));
@@ -721,7 +707,6 @@ int main(void) {
   RUN(norm_counts_an_ffn_by_its_fused_gradient);
   RUN(expert_norm_counts_every_expert);
   RUN(accumulation_equals_one_batch);
-  RUN(lean_sw_is_sw);
   RUN(shared_moments_are_exact_for_sw);
   RUN(shared_moments_come_close_for_dw_and_mb);
   RUN(updates_in_pieces_are_those_of_the_whole);

@@ -44,7 +44,7 @@ static size_t dense_count(const tiny_desc *d) {
 
 static exf_tensor *find(const exf_model *m, const char *name) {
   exf_param *p = exf_model_find(m, name);
-  return p != NULL ? exf_param_tensor(p) : NULL;
+  return p != NULL ? &p->tensor : NULL;
 }
 
 /* ---- merge ----------------------------------------------------------------------- */
@@ -72,7 +72,7 @@ static void check_merged_file(const tiny_desc *d, const exf_real *want, size_t n
   CHECK(elements == dense_count(d) + d->vocab * d->width);   /* the tied name as well */
   CHECK(exf_st_find(st, "lm_head.weight") != NULL);
   CHECK(exf_st_find(st, "transformer.wte.weight") != NULL);
-  CHECK(exf_model_load(g.model, st) == EXF_OK);
+  CHECK(exf_model_load_st(g.model, st) == EXF_OK);
   exf_st_close(st);
   got = tiny_eval(ctx, &g, &m);
   CHECK(m == n && same_bits(got, want, n));
@@ -113,9 +113,9 @@ static void check_merge(int variant, int bias, exf_act act) {
   CHECK(exf_model_count(g.model) == dense_count(&d));
   CHECK(exf_model_count_merged(g.model) == dense_count(&d));
   for (i = 0; i < exf_model_n_params(g.model); i++)
-    CHECK(strstr(exf_param_name(exf_model_param(g.model, i)), "expert") == NULL);
+    CHECK(strstr(exf_model_param(g.model, i)->name, "expert") == NULL);
   for (i = 0; i < exf_model_n_ffns(g.model); i++)
-    CHECK(exf_ffn_fusion(exf_model_ffn(g.model, i)).variant == EXF_DENSE);
+    CHECK(exf_model_ffn(g.model, i)->fusion.variant == EXF_DENSE);
 
   /* trained on, upcycled again, trained on */
   optim = tiny_adamw(g.model);
@@ -158,7 +158,7 @@ TEST(merged_file_of_another_geometry_is_refused) {
   h = tiny_new(ctx, &d);
   st = exf_st_open(ctx, MERGED, NULL);
   CHECK(st != NULL);
-  CHECK(exf_model_load(h.model, st) == EXF_MISMATCH);
+  CHECK(exf_model_load_st(h.model, st) == EXF_MISMATCH);
   CHECK_ERR(ctx, EXF_MISMATCH, "mlp");
   exf_st_close(st);
   exf_model_free(g.model);
@@ -189,8 +189,8 @@ TEST(upcycling_keeps_what_was_loaded) {
     if (i < 2) CHECK_STR(exf_st_meta(st, "note"), "mine");
     h = tiny_new(ctx, &d);
     h.wte->data[0] += 1;
-    CHECK((i == 2 ? exf_checkpoint_load(h.model, NULL, st) : exf_model_load(h.model, st))
-          == EXF_OK);
+    CHECK((i == 2 ? exf_checkpoint_load_st(h.model, NULL, st)
+                  : exf_model_load_st(h.model, st)) == EXF_OK);
     CHECK(exf_model_upcycle(h.model, &f) == EXF_OK);
     got = tiny_eval(ctx, &h, &m);
     CHECK(m == n && max_diff(want, got, n) < 1e-5);
@@ -302,7 +302,7 @@ TEST(upcycling_from_scratch) {
 
   /* default: independent draws, the fused set has the dense distribution */
   l = lone_new(3, 64, 256, 0, f);
-  CHECK(exf_ffn_fusion(l.ffn).upcycle == EXF_UP_INDEPENDENT);
+  CHECK(l.ffn->fusion.upcycle == EXF_UP_INDEPENDENT);
   e = find(l.model, E1);
   if (!CHECK(e != NULL && e->size == 4 * n)) return;
   CHECK(e->shape.n == 3 && e->shape.dim[0] == 4 && e->shape.dim[1] == 256
@@ -356,7 +356,7 @@ TEST(zerosum_keeps_the_function) {
     th0 = (exf_real *)malloc(m * sizeof *th0);
     memcpy(th0, w->data, m * sizeof *th0);
     CHECK(exf_model_upcycle(g.model, &f) == EXF_OK);
-    CHECK(exf_ffn_fusion(exf_model_ffn(g.model, 0)).upcycle == EXF_UP_ZEROSUM);
+    CHECK(exf_model_ffn(g.model, 0)->fusion.upcycle == EXF_UP_ZEROSUM);
     after = tiny_eval(ctx, &g, &n);
     CHECK(max_diff(before, after, n) < 1e-5);
     e = find(g.model, "transformer.h.1.mlp.experts.c_fc.weight");
@@ -375,9 +375,9 @@ TEST(zerosum_keeps_the_function) {
 }
 
 TEST(zerosum_spread_scales_the_differences) {
-  double spread[2] = {1, 0.25}, d[2];
+  double spread[4] = {1, 0.25, 0, EXF_ZERO}, d[4];
   int i;
-  for (i = 0; i < 2; i++) {
+  for (i = 0; i < 4; i++) {
     exf_fusion_desc f = tiny_variant(1, 4), none;
     double each[4];
     lone l;
@@ -388,10 +388,11 @@ TEST(zerosum_spread_scales_the_differences) {
     CHECK(exf_ffn_upcycle(l.ffn, &f) == EXF_OK);
     exf_ffn_diagnose(l.ffn, NULL, NULL, each);
     d[i] = each[2];
-    CHECK(d[i] > 0.01);
+    CHECK(i == 3 ? d[i] < 1e-7 : d[i] > 0.01);      /* spread 0: copies */
     lone_free(&l);
   }
   CHECK_NEAR(d[1] / d[0], 0.25, 1e-4);
+  CHECK(d[2] == d[0]);
 }
 
 /* A fraction of hidden units is drawn afresh: row of W1, b1, column of W2 together. */
@@ -606,8 +607,8 @@ static void check_bank(int routed, size_t accum, double mu) {
   f.routed = routed;
   f.mu = mu;
   l = lone_new(3, C, 9, 1, f);
-  if (mu <= 0) mu = mu < 0 ? 0 : 0.95;
-  CHECK_NEAR(exf_ffn_fusion(l.ffn).mu, mu, 1e-12);
+  if (mu <= 0) mu = mu == EXF_ZERO ? 0 : 0.95;
+  CHECK_NEAR(l.ffn->fusion.mu, mu, 1e-12);
   memset(&o, 0, sizeof o);
   o.kind = EXF_SGD;
   optim = exf_optim_new(l.model, &o);
@@ -652,7 +653,7 @@ static void check_bank(int routed, size_t accum, double mu) {
 TEST(bank_follows_its_rule) {
   check_bank(0, 1, 0);
   check_bank(0, 1, 0.6);
-  check_bank(0, 1, -1);
+  check_bank(0, 1, EXF_ZERO);
 }
 TEST(bank_follows_its_rule_with_accumulation) {
   check_bank(0, 3, 0.6);
@@ -856,6 +857,7 @@ TEST(wrong_descriptors_are_refused) {
   exf_fusion_desc f = tiny_variant(1, 4), none;
   exf_ffn_desc d;
   lone l;
+  int i;
   memset(&none, 0, sizeof none);
   memset(&d, 0, sizeof d);
   l = lone_new(3, 6, 9, 0, none);
@@ -863,6 +865,14 @@ TEST(wrong_descriptors_are_refused) {
   CHECK(exf_ffn_upcycle(l.ffn, &f) == EXF_ARG);
   CHECK_ERR(l.ctx, EXF_ARG, "variant");
   f = tiny_variant(1, 4);
+  for (i = 0; i < 3; i++) {      /* below zero there is EXF_ZERO alone */
+    f.mu = i == 0 ? -0.5 : 0;
+    f.spread = i == 1 ? -2 : 0;
+    f.drop = i == 2 ? -0.1 : 0;
+    CHECK(exf_ffn_upcycle(l.ffn, &f) == EXF_ARG);
+    CHECK_ERR(l.ctx, EXF_ARG, i == 0 ? "mu -0.5" : i == 1 ? "spread -2" : "drop -0.1");
+  }
+  f.drop = 0;
   CHECK(exf_ffn_upcycle(l.ffn, &f) == EXF_OK);
   CHECK(exf_ffn_upcycle(l.ffn, &f) == EXF_STATE);      /* merge first */
   CHECK_ERR(l.ctx, EXF_STATE, "merge");
@@ -884,14 +894,20 @@ TEST(wrong_descriptors_are_refused) {
 }
 
 TEST(enums_have_names) {
-  static const char *const act[] = {"gelu", "gelu_tanh", "relu", "silu", "swiglu", "?"};
-  static const char *const up[] = {"default", "zerosum", "independent",
-                                   "independent-plain", "copy", "drop", "?"};
-  static const char *const variant[] = {"dense", "sw", "dw", "mb", "?"};
+#define NAME(name, text) text,
+  static const char *const act[] = {EXF_ACT_LIST(NAME)};
+  static const char *const up[] = {EXF_UPCYCLE_LIST(NAME)};
+  static const char *const variant[] = {"dense", "sw", "dw", "mb", "rule", "?"};
+#undef NAME
   int i;
-  for (i = 0; i < 6; i++) CHECK_STR(exf_act_name((exf_act)i), act[i]);
-  for (i = 0; i < 7; i++) CHECK_STR(exf_upcycle_name((exf_upcycle)i), up[i]);
-  for (i = 0; i < 5; i++) CHECK_STR(exf_variant_name((exf_variant)i), variant[i]);
+  CHECK(sizeof act / sizeof *act == EXF_N_ACTS && EXF_N_ACTS == 5);
+  CHECK(sizeof up / sizeof *up == EXF_N_UPCYCLES && EXF_N_UPCYCLES == 6);
+  CHECK_STR(act[EXF_GELU_TANH], "gelu_tanh");
+  CHECK_STR(act[EXF_SWIGLU], "swiglu");
+  CHECK_STR(up[EXF_UP_DEFAULT], "default");
+  CHECK_STR(up[EXF_UP_INDEPENDENT_PLAIN], "independent-plain");
+  CHECK_STR(up[EXF_UP_DROP], "drop");
+  for (i = 0; i < 6; i++) CHECK_STR(exf_variant_name((exf_variant)i), variant[i]);
 }
 
 /* The router is the first to see an input of another width. */
@@ -938,7 +954,7 @@ TEST(names_that_grow_too_long_are_refused) {
     } else if (exf_ffn_upcycle(ffn, &f) != EXF_OK) {
       CHECK_ERR(l.ctx, EXF_ARG, "is longer than 255 bytes");
       CHECK(exf_model_n_params(l.model) == had + 2);
-      CHECK(exf_ffn_fusion(ffn).variant == EXF_DENSE);
+      CHECK(ffn->fusion.variant == EXF_DENSE);
       refused++;
     }
   }

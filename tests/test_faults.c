@@ -111,34 +111,42 @@ static void join(disk_bytes *all, const void *data, size_t n) {
   all->n += n;
 }
 
+static void join_tensor(disk_bytes *all, const exf_tensor *t) {
+  join(all, t->data, t->size * sizeof(exf_real));
+}
+
 /* All that the program holds, as bytes: parameters, moments, banks, updates made, the
    average, its files, and what was computed. */
 static disk_bytes state(world *w) {
   disk_bytes all, file;
+  const exf__buffer *b;
   size_t i;
   all.data = (unsigned char *)malloc(STATE_ROOM);
   all.n = 0;
   if (all.data == NULL) exit(2);
   for (i = 0; i < exf_model_n_params(w->g.model); i++) {
     const exf_param *p = exf_model_param(w->g.model, i);
-    size_t bytes = p->t.size * sizeof(exf_real);
     join(&all, p->name, strlen(p->name) + 1);
-    join(&all, p->t.data, bytes);
+    join_tensor(&all, &p->tensor);
     join(&all, &p->has_grad, sizeof p->has_grad);
-    join(&all, p->m ? p->m : p->t.data, p->m ? bytes : 0);
-    join(&all, p->v ? p->v : p->t.data, p->v ? bytes : 0);
+    join(&all, &p->trained, sizeof p->trained);
   }
   for (i = 0; i < exf_model_n_ffns(w->g.model); i++) {
     const exf_ffn *f = exf_model_ffn(w->g.model, i);
     join(&all, &f->fusion, sizeof f->fusion);
-    if (f->bank.data) join(&all, f->bank.data, f->bank.size * sizeof(exf_real));
-    join(&all, &f->trained, sizeof f->trained);
-    join(&all, &f->n_upcycles, sizeof f->n_upcycles);
+    join(&all, &f->state->n_upcycles, sizeof f->state->n_upcycles);
   }
+  for (b = w->g.model ? w->g.model->buffers : NULL; b; b = b->next)
+    if (b->saved) join_tensor(&all, &b->tensor);
   if (w->optim) join(&all, &w->optim->t, sizeof w->optim->t);
-  for (i = 0; w->ema && i < w->ema->n; i++)
-    join(&all, w->ema->avg[i].data,
-         exf__shape_size(&w->ema->avg[i].shape) * sizeof(exf_real));
+  for (i = 0; w->optim && i < w->optim->n; i++) {
+    const exf__moments *s = &w->optim->slot[i];
+    size_t bytes = exf__shape_size(&s->shape) * sizeof(exf_real);
+    join(&all, s->m, bytes);
+    join(&all, s->v, bytes);
+  }
+  for (i = 0; w->ema && i < w->ema->averages->n_params; i++)
+    join_tensor(&all, &w->ema->averages->params[i]->tensor);
   for (i = 0; i < 2; i++) {
     file = disk_file(&w->disk, i ? "model" : "checkpoint");
     join(&all, file.data, file.n);
@@ -180,12 +188,11 @@ static int generate(world *w) {
     n = at ? 1 : 2;
     x = exf_add(w->ctx, exf_embedding(w->ctx, w->g.wte, ids + at, 1, n),
                 exf_embedding(w->ctx, w->g.wpe, pos + at, n, 0));
-    for (i = 0; i < 2; i++) x = exf_block_cached(w->ctx, w->g.block[i], x, kv, i);
+    for (i = 0; i < 2; i++) x = exf_block_forward(w->ctx, w->g.block[i], x, kv);
     x = exf_linear(w->ctx, exf_norm_forward(w->ctx, w->g.ln_f, x), w->g.wte, NULL);
     good = x != NULL;
     if (!good) break;
     memcpy(w->out + 5 * at, x->data, x->size * sizeof(exf_real));
-    exf_kv_advance(kv, n);
     exf_rewind(w->ctx);
   }
   exf_kv_free(kv);
@@ -204,10 +211,31 @@ static int upcycle_drop(world *w) {
   return exf_model_upcycle(w->g.model, &d.fusion) == EXF_OK;
 }
 
-static int upcycle_lean(world *w) {
-  tiny_desc d = small_desc(1);
-  d.fusion.lean = 1;
-  return exf_model_upcycle(w->g.model, &d.fusion) == EXF_OK;
+/* A rule with a parameter and a buffer: a = parameter + buffer. */
+static void rule_init(exf_ctx *ctx, exf_ffn *f, const exf_fusion_desc *fusion) {
+  (void)ctx;
+  exf_param_desc d;
+  memset(&d, 0, sizeof d);
+  d.shape = exf_shape1(fusion->n_experts);
+  d.init_value = 0.25;
+  exf_ffn_param(f, "own", &d);
+  d.buffer = 1;
+  exf_ffn_param(f, "constant", &d);
+}
+static exf_tensor *rule_weights(exf_ctx *ctx, const exf_ffn *f, exf_tensor *x,
+                                int training) {
+  (void)x;
+  (void)training;
+  return exf_add(ctx, exf_ffn_tensor(f, "own"), exf_ffn_tensor(f, "constant"));
+}
+static const exf_rule own_rule = {
+  "own", NULL, rule_init, rule_weights, NULL, NULL, NULL
+};
+
+static int upcycle_rule(world *w) {
+  exf_fusion_desc f = tiny_variant(0, 2);
+  f.rule = &own_rule;
+  return exf_model_upcycle(w->g.model, &f) == EXF_OK;
 }
 
 static int merge(world *w) { return exf_model_merge(w->g.model) == EXF_OK; }
@@ -237,17 +265,11 @@ static int save_memory(world *w) {
 }
 
 static int load_model(world *w) {
-  exf_st *st = exf_st_open(w->ctx, "model", NULL);
-  int good = exf_model_load(w->g.model, st) == EXF_OK;
-  exf_st_close(st);
-  return good;
+  return exf_model_load(w->g.model, "model") == EXF_OK;
 }
 
 static int load_checkpoint(world *w) {
-  exf_st *st = exf_st_open(w->ctx, "checkpoint", NULL);
-  int good = exf_checkpoint_load(w->g.model, w->optim, st) == EXF_OK;
-  exf_st_close(st);
-  return good;
+  return exf_checkpoint_load(w->g.model, w->optim, "checkpoint") == EXF_OK;
 }
 
 static int make_ema(world *w) {
@@ -271,12 +293,13 @@ static int grow_block(world *w) {
 }
 
 static int grow_layers(world *w) {
-  exf_linear_layer *l = exf_linear_new(w->g.model, "linear", 3, 2, 1, 0);
-  return l != NULL;
+  const exf_linear_desc d = {1, 0};
+  return exf_linear_new(w->g.model, "linear", 3, 2, &d) != NULL;
 }
 
 static int grow_norm(world *w) {
-  return exf_layernorm_new(w->g.model, "norm", 3, 1, 1e-5) != NULL;
+  const exf_norm_desc d = {0, 1, 0};
+  return exf_norm_new(w->g.model, "norm", 3, &d) != NULL;
 }
 
 static int grow_table(world *w) {
@@ -308,7 +331,7 @@ static const action actions[] = {
   {"generate", 0, generate},
   {"upcycle", HAS_TRAINED | STARTS_DENSE, upcycle},
   {"upcycle by drop", HAS_TRAINED | STARTS_DENSE, upcycle_drop},
-  {"upcycle lean", HAS_TRAINED | STARTS_DENSE, upcycle_lean},
+  {"upcycle by a rule", HAS_TRAINED | STARTS_DENSE, upcycle_rule},
   {"merge", HAS_TRAINED, merge},
   {"diagnose", HAS_TRAINED, diagnose},
   {"make an average", HAS_TRAINED, make_ema},

@@ -59,7 +59,7 @@ static int fixture_read(exf_ctx *ctx, const exf_st *st, const char *name, exf_re
 }
 
 static void bank_name(const gpt *g, size_t i, char *out, size_t size) {
-  snprintf(out, size, "%s.bank", exf_ffn_name(exf_model_ffn(g->model, i)));
+  snprintf(out, size, "%s.bank", exf_model_ffn(g->model, i)->name);
 }
 
 /* Every parameter and bank from the initial values, by way of a checkpoint in memory
@@ -77,8 +77,8 @@ static int load_initial(gpt *g, const exf_st *init, int banks) {
   for (i = 0; i < all; i++) {
     if (i < n) {
       exf_param *p = exf_model_param(g->model, i);
-      snprintf(names[i], sizeof names[i], "%s", exf_param_name(p));
-      items[i].shape = exf_param_tensor(p)->shape;
+      snprintf(names[i], sizeof names[i], "%s", p->name);
+      items[i].shape = p->tensor.shape;
     } else {
       bank_name(g, i - n, names[i], sizeof names[i]);
       items[i].shape = exf_shape1(EXPERTS);
@@ -86,18 +86,18 @@ static int load_initial(gpt *g, const exf_st *init, int banks) {
     items[i].name = names[i];
     items[i].data = values[i];
     ok = ok && fixture_read(g->ctx, init, names[i], values[i],
-                            i < n ? exf_param_tensor(exf_model_param(g->model, i))->size
+                            i < n ? exf_model_param(g->model, i)->tensor.size
                                   : EXPERTS);
   }
   if (!ok) return 0;
   exf_st_save_memory(g->ctx, items, all, NULL, 0, &data, &bytes);
   st = exf_st_open_memory(g->ctx, data, bytes, NULL);
   exf_st_free_memory(g->ctx, data);
-  if (exf_checkpoint_load(g->model, NULL, st) != EXF_OK)
+  if (exf_checkpoint_load_st(g->model, NULL, st) != EXF_OK)
     ok = CHECK(0 && "the checkpoint of initial values loads");
   exf_st_close(st);
   for (i = 0; i < n; i++) {
-    exf_tensor *t = exf_param_tensor(exf_model_param(g->model, i));
+    exf_tensor *t = &exf_model_param(g->model, i)->tensor;
     ok = CHECK(memcmp(t->data, values[i], t->size * sizeof(exf_real)) == 0) && ok;
   }
   return ok;
@@ -117,8 +117,8 @@ static void check_key_gradients(gpt *g) {
   size_t i, j;
   for (i = 0; i < exf_model_n_params(g->model); i++) {
     exf_param *p = exf_model_param(g->model, i);
-    exf_tensor *t = exf_param_tensor(p);
-    size_t first = key_bias(exf_param_name(p), t->size);
+    exf_tensor *t = &p->tensor;
+    size_t first = key_bias(p->name, t->size);
     if (first == t->size) continue;
     if (!CHECK(t->grad != NULL)) return;
     for (j = first; j < 2 * first; j++) CHECK_NEAR(t->grad[j], 0, TOL_ZERO);
@@ -153,10 +153,10 @@ static void check_final(gpt *g, const exf_st *init, const exf_st *run, int banks
   char name[64];
   for (i = 0; i < exf_model_n_params(g->model); i++, compared++) {
     exf_param *p = exf_model_param(g->model, i);
-    exf_tensor *t = exf_param_tensor(p);
+    exf_tensor *t = &p->tensor;
     if (!CHECK(t->size <= BIGGEST)) return;
     for (j = 0; j < t->size; j++) now[j] = (double)t->data[j];
-    check_moved(g, init, run, exf_param_name(p), now, t->size);
+    check_moved(g, init, run, p->name, now, t->size);
   }
   for (i = 0; banks && i < exf_model_n_ffns(g->model); i++, compared++) {
     exf_ffn_diagnose(exf_model_ffn(g->model, i), now, NULL, NULL);
@@ -283,8 +283,8 @@ static size_t compare_one_expert(gpt *dense, gpt *one) {
   size_t i, j, differ = 0;
   for (i = 0; i < exf_model_n_params(dense->model); i++) {
     exf_param *p = exf_model_param(dense->model, i), *q;
-    exf_tensor *a = exf_param_tensor(p), *b;
-    const char *name = exf_param_name(p), *mlp = strstr(name, ".mlp.");
+    exf_tensor *a = &p->tensor, *b;
+    const char *name = p->name, *mlp = strstr(name, ".mlp.");
     char key[96];
     if (mlp)
       snprintf(key, sizeof key, "%.*s.mlp.experts.%s", (int)(mlp - name), name, mlp + 5);
@@ -292,7 +292,7 @@ static size_t compare_one_expert(gpt *dense, gpt *one) {
       snprintf(key, sizeof key, "%s", name);
     q = exf_model_find(one->model, key);
     if (!CHECK(q != NULL)) return (size_t)-1;
-    b = exf_param_tensor(q);
+    b = &q->tensor;
     if (!CHECK(a->size == b->size && a->size > 0)) return (size_t)-1;
     for (j = 0; j < a->size; j++)
       differ += memcmp(a->data + j, b->data + j, sizeof *a->data) != 0;
@@ -348,7 +348,7 @@ static void check_names_dense(const gpt *g) {
   size_t i, w;
   for (i = 0; i < exf_model_n_params(g->model); i++)
     for (w = 0; w < sizeof words / sizeof words[0]; w++)
-      CHECK(strstr(exf_param_name(exf_model_param(g->model, i)), words[w]) == NULL);
+      CHECK(strstr(exf_model_param(g->model, i)->name, words[w]) == NULL);
 }
 
 /* Evaluation logits before and after the merge of a trained model. */

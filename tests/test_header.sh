@@ -28,7 +28,13 @@ cat > $dir/user.c <<'END'
 #include "../../exfusion.h"
 #include "../../exfusion.h"
 int main(void) {
-  exf_ctx *ctx = exf_ctx_new(NULL);
+#ifdef __cplusplus
+  exf_desc desc = {};
+  desc.n_threads = 1;
+  exf_ctx *ctx = exf_ctx_new(&desc);
+#else
+  exf_ctx *ctx = exf_ctx_new(&(exf_desc){.n_threads = 1});
+#endif
   exf_real v[2] = {1, 2};
   exf_tensor *x = exf_tensor_new(ctx, exf_shape1(2), v);
   double sum = exf_item(exf_sum(ctx, exf_square(ctx, x), EXF_ALL_AXES, 0));

@@ -98,8 +98,8 @@ TEST(an_alias_survives_upcycling) {
   CHECK(exf_ffn_merge(f) == EXF_OK);
   st = exf_st_open(l.ctx, FILE_NAME, NULL);
   CHECK(exf_st_find(st, "tied") != NULL);
-  CHECK(exf_model_load(l.model, st) == EXF_OK);
   exf_st_close(st);
+  CHECK(exf_model_load(l.model, FILE_NAME) == EXF_OK);
   lone_free(&l);
 }
 
@@ -110,8 +110,8 @@ TEST(a_product_of_no_matrices_has_no_gradient) {
     lone l = lone_new();
     exf_tensor *none = exf_tensor_new(l.ctx, exf_shape3(0, 2, 2), NULL), *y;
     size_t i;
-    y = side & 1 ? exf_matmul(l.ctx, none, l.w, side / 2, 0)
-                 : exf_matmul(l.ctx, l.w, none, side / 2, 0);
+    y = side & 1 ? exf_matmul(l.ctx, none, l.w, side / 2 * EXF_TRANSPOSE_A)
+                 : exf_matmul(l.ctx, l.w, none, side / 2 * EXF_TRANSPOSE_A);
     CHECK(exf_backward(l.ctx, sum_of(l.ctx, y)) == EXF_OK);
     for (i = 0; i < 4; i++) CHECK(l.w->grad[i] == 0);
     lone_free(&l);
@@ -184,18 +184,15 @@ TEST(one_call_of_backward_per_tape) {
 TEST(a_checkpoint_begins_without_gradients) {
   lone l = lone_new();
   exf_optim *o = sgd(l.model, 0.5);
-  exf_st *st;
   CHECK(exf_checkpoint_save(l.model, o, FILE_NAME, NULL, 0) == EXF_OK);
   exf_backward(l.ctx, sum_of(l.ctx, l.w));
-  st = exf_st_open(l.ctx, FILE_NAME, NULL);
-  CHECK(exf_checkpoint_load(l.model, o, st) == EXF_OK);
+  CHECK(exf_checkpoint_load(l.model, o, FILE_NAME) == EXF_OK);
   exf_backward(l.ctx, sum_of(l.ctx, l.w));
   CHECK(l.w->grad[0] == 1);
-  CHECK(exf_checkpoint_load(l.model, NULL, st) == EXF_OK);   /* moments are passed over */
+  CHECK(exf_checkpoint_load(l.model, NULL, FILE_NAME) == EXF_OK);   /* without moments */
   ones(l.model, "v", exf_shape1(1));
-  CHECK(exf_checkpoint_load(l.model, NULL, st) == EXF_MISMATCH);
+  CHECK(exf_checkpoint_load(l.model, NULL, FILE_NAME) == EXF_MISMATCH);
   CHECK_ERR(l.ctx, EXF_MISMATCH, "'v' is missing");
-  exf_st_close(st);
   exf_optim_free(o);
   lone_free(&l);
 }
@@ -217,26 +214,25 @@ TEST(checkpoints_of_a_stale_or_foreign_optimizer_are_refused) {
   lone_free(&l);
 }
 
-/* Raw and softmax, or two sizes of a lean set, have tensors of the same shapes. */
+/* Raw and softmax have tensors of the same shapes, and so have sw and a rule without
+   functions. */
 TEST(checkpoints_of_another_fusion_are_refused) {
+  exf_rule mean;
   int k;
+  memset(&mean, 0, sizeof mean);
+  mean.name = "mean";
   for (k = 0; k < 2; k++) {
-    exf_fusion_desc a = tiny_variant(k ? 1 : 2, 4), b = a;
+    exf_fusion_desc a = tiny_variant(k ? 1 : 2, 4), b = tiny_variant(k ? 0 : 3, 4);
     lone l = lone_new(), m = lone_new();
-    exf_st *st;
-    a.lean = b.lean = (size_t)k;
-    b.dw_softmax = !k;
-    b.n_experts = k ? 8 : 4;
+    if (k) b.rule = &mean;
     exf_ffn_upcycle(ffn_of(l.model, "mlp", EXF_DENSE), &a);
     exf_ffn_upcycle(ffn_of(m.model, "mlp", EXF_DENSE), &b);
     CHECK(exf_checkpoint_save(l.model, NULL, FILE_NAME, NULL, 0) == EXF_OK);
-    st = exf_st_open(l.ctx, FILE_NAME, NULL);
-    CHECK(exf_checkpoint_load(l.model, NULL, st) == EXF_OK);
-    CHECK(exf_checkpoint_load(m.model, NULL, st) == EXF_MISMATCH);
+    CHECK(exf_checkpoint_load(l.model, NULL, FILE_NAME) == EXF_OK);
+    CHECK(exf_checkpoint_load(m.model, NULL, FILE_NAME) == EXF_MISMATCH);
     CHECK_ERR(m.ctx, EXF_MISMATCH,
-              k ? "'1 x sw lean 4', the model's '1 x sw lean 8'"
+              k ? "'1 x sw 4', the model's '1 x mean 4'"
                 : "'1 x dw 4', the model's '1 x dw softmax 4'");
-    exf_st_close(st);
     lone_free(&l);
     lone_free(&m);
   }
@@ -244,10 +240,9 @@ TEST(checkpoints_of_another_fusion_are_refused) {
 
 /* FFNs in a row that are alike are told once. */
 TEST(checkpoints_tell_the_fusion_of_every_ffn) {
-  static const struct { exf_variant variant; size_t n, lean; int softmax; } ffns[] = {
-    {EXF_DW, 4, 0, 0}, {EXF_DW, 4, 0, 0}, {EXF_DW, 4, 0, 1}, {EXF_DW, 3, 0, 1},
-    {EXF_DENSE, 0, 0, 0}, {EXF_MB, 4, 0, 1}, {EXF_MB, 4, 0, 0}, {EXF_SW, 2, 1, 0},
-    {EXF_SW, 3, 1, 0}, {EXF_SW, 1, 0, 0}};
+  static const struct { exf_variant variant; size_t n; int softmax; } ffns[] = {
+    {EXF_DW, 4, 0}, {EXF_DW, 4, 0}, {EXF_DW, 4, 1}, {EXF_DW, 3, 1}, {EXF_DENSE, 0, 0},
+    {EXF_MB, 4, 1}, {EXF_MB, 4, 0}, {EXF_SW, 2, 0}, {EXF_SW, 3, 0}, {EXF_SW, 1, 0}};
   lone l = lone_new();
   exf_st *st;
   size_t i;
@@ -259,7 +254,6 @@ TEST(checkpoints_tell_the_fusion_of_every_ffn) {
     d.width = 2;
     d.fusion.variant = ffns[i].variant;
     d.fusion.n_experts = ffns[i].n;
-    d.fusion.lean = ffns[i].lean;
     d.fusion.dw_softmax = ffns[i].softmax;
     exf_ffn_new(l.model, name, &d);
   }
@@ -267,7 +261,7 @@ TEST(checkpoints_tell_the_fusion_of_every_ffn) {
   st = exf_st_open(l.ctx, FILE_NAME, NULL);
   CHECK_STR(exf_st_meta(st, "exf.fusion"),
             "2 x dw 4, 1 x dw softmax 4, 1 x dw softmax 3, 1 x dense, 2 x mb 4, "
-            "1 x sw lean 2, 1 x sw lean 3, 1 x sw 1");
+            "1 x sw 2, 1 x sw 3, 1 x sw 1");
   exf_st_close(st);
   lone_free(&l);
 }
@@ -301,7 +295,7 @@ TEST(numbers_out_of_range_are_refused) {
   exf_optim_desc od;
   exf_param_desc pd;
   exf_block_desc bd;
-  exf_fusion_desc dense = exf_ffn_fusion(NULL), mb = tiny_variant(4, 2);
+  exf_fusion_desc dense = tiny_variant(0, 0), mb = tiny_variant(4, 2);
   int i;
   exf_backward(l.ctx, sum_of(l.ctx, l.w));
   for (i = 0; i < 3; i++) {
@@ -338,7 +332,87 @@ TEST(numbers_out_of_range_are_refused) {
   CHECK_ERR(l.ctx, EXF_ARG, "spread");
   CHECK(exf_ffn_upcycle(f, &dense) == EXF_ARG);
   CHECK_ERR(l.ctx, EXF_ARG, "the variant is dense");
+  for (i = 0; i < 3; i++) {      /* EXF_ZERO means zero; no other negative number does */
+    mb = tiny_variant(4, 2);
+    *(i == 0 ? &mb.mu : i == 1 ? &mb.drop : &mb.spread) = -0.5;
+    CHECK(exf_ffn_upcycle(f, &mb) == EXF_ARG);
+    CHECK_ERR(l.ctx, EXF_ARG, i == 0 ? "mu -0.5" : i == 1 ? "drop -0.5" : "spread -0.5");
+  }
   CHECK(exf_model_n_params(l.model) == 3);
+  lone_free(&l);
+}
+
+/* NULL, and all members zero, are the defaults wherever those can work. */
+TEST(descriptors_may_be_missing) {
+  lone l = lone_new();
+  exf_linear_desc ld;
+  exf_norm_desc nd;
+  exf_param_desc pd;
+  exf_attention_desc ad;
+  exf_sample_desc sd;
+  exf_optim_desc od;
+  exf_optim *o;
+  exf_norm_layer *n;
+  exf_tensor *x;
+  memset(&ld, 0, sizeof ld);
+  memset(&nd, 0, sizeof nd);
+  memset(&pd, 0, sizeof pd);
+  memset(&ad, 0, sizeof ad);
+  memset(&sd, 0, sizeof sd);
+  memset(&od, 0, sizeof od);
+  CHECK(exf_linear_new(l.model, "a", 2, 2, NULL)->bias == NULL);
+  CHECK(exf_linear_new(l.model, "b", 2, 2, &ld)->bias == NULL);
+  n = exf_norm_new(l.model, "c", 2, NULL);
+  CHECK(n != NULL && n->bias == NULL && n->eps == 1e-5 && !n->rms);
+  n = exf_norm_new(l.model, "d", 2, &nd);
+  CHECK(n != NULL && n->bias == NULL && n->eps == 1e-5 && !n->rms);
+  CHECK(exf_param_new(l.model, "e", NULL)->size == 1);
+  CHECK(exf_param_new(l.model, "f", &pd)->data[0] == 0);
+  x = exf_tensor_new(l.ctx, exf_shape3(1, 2, 3), NULL);
+  CHECK(same_bits(exf_attention(l.ctx, x, NULL)->data,
+                  exf_attention(l.ctx, x, &ad)->data, 2));
+  CHECK(exf_sample(l.ctx, x, NULL, 5) == exf_sample(l.ctx, x, &sd, 5));
+  o = exf_optim_new(l.model, NULL);
+  CHECK(o != NULL);
+  exf_optim_free(o);
+  o = exf_optim_new(l.model, &od);
+  CHECK(o != NULL);
+  exf_optim_free(o);
+  /* what has no default is asked for by name */
+  CHECK(exf_ffn_new(l.model, "g", NULL) == NULL);
+  CHECK_ERR(l.ctx, EXF_ARG, "ffn");
+  CHECK(exf_attn_new(l.model, "h", "i", NULL) == NULL);
+  CHECK_ERR(l.ctx, EXF_ARG, "att");
+  CHECK(exf_block_new(l.model, "j", NULL) == NULL);
+  CHECK_ERR(l.ctx, EXF_ARG, "block");
+  lone_free(&l);
+}
+
+/* EXF_ZERO is a zero that is meant, where plain zero is the default. */
+TEST(a_zero_may_be_meant) {
+  lone l = lone_new();
+  exf_ffn *f = ffn_of(l.model, "mlp", EXF_DENSE);
+  exf_fusion_desc d = tiny_variant(4, 3);
+  exf_sample_desc likeliest;
+  const exf_real logits[] = {1, 3, 2, 3};
+  exf_real *experts;
+  size_t i;
+  d.upcycle = EXF_UP_ZEROSUM;
+  CHECK(exf_ffn_upcycle(f, &d) == EXF_OK);
+  CHECK(f->fusion.mu == 0.95 && f->fusion.spread == 1 && f->fusion.tau == 1);
+  CHECK(f->fusion.drop == 0.5 && f->fusion.n_experts == 3);
+  CHECK(exf_ffn_merge(f) == EXF_OK);
+  d.mu = d.spread = d.drop = EXF_ZERO;
+  CHECK(exf_ffn_upcycle(f, &d) == EXF_OK);
+  CHECK(f->fusion.mu == 0 && f->fusion.spread == 0 && f->fusion.drop == 0);
+  experts = f->part[EXF_W1]->tensor.data;                 /* (3,3,2), without spread */
+  for (i = 0; i < 6; i++)
+    CHECK(experts[i] == experts[6 + i] && experts[i] == experts[12 + i]);
+  memset(&likeliest, 0, sizeof likeliest);
+  likeliest.temperature = EXF_ZERO;
+  for (i = 0; i < 20; i++)
+    CHECK(exf_sample(l.ctx, exf_tensor_new(l.ctx, exf_shape1(4), logits), &likeliest, i)
+          == 1);
   lone_free(&l);
 }
 
@@ -426,19 +500,26 @@ TEST(caches_are_for_causal_blocks_and_their_room) {
   exf_kv *kv = exf_kv_new(l.ctx, 1, 3, 2);
   exf_block_desc d;
   exf_block *b;
+  int i;
   memset(&d, 0, sizeof d);
   d.width = 2;
   d.n_heads = 1;
   b = exf_block_new(l.model, "b", &d);
   exf_grad_set(l.ctx, 0);
-  CHECK(exf_block_cached(l.ctx, b, exf_tensor_new(l.ctx, exf_shape3(1, 1, 2), NULL), kv,
-                         0) == NULL);
-  CHECK_ERR(l.ctx, EXF_ARG, "not causal");
-  exf_kv_advance(kv, 2);
-  CHECK_OK(l.ctx);
-  exf_kv_advance(kv, 2);
-  CHECK_ERR(l.ctx, EXF_ARG, "kv_advance: 2 positions after 2 of 3");
-  CHECK(exf_kv_length(kv) == 2);
+  CHECK(exf_block_forward(l.ctx, b, exf_tensor_new(l.ctx, exf_shape3(1, 1, 2), NULL), kv)
+        == NULL);
+  CHECK_ERR(l.ctx, EXF_ARG, "causal");
+  d.causal = 1;
+  b = exf_block_new(l.model, "c", &d);
+  for (i = 0; i < 2; i++) {               /* two positions, then no room for two more */
+    exf_tensor *x = exf_tensor_new(l.ctx, exf_shape3(1, 2, 2), NULL);
+    CHECK((exf_block_forward(l.ctx, b, x, kv) != NULL) == (i == 0));
+    CHECK(exf_kv_length(kv) == 2);
+  }
+  CHECK_ERR(l.ctx, EXF_SHAPE, "room for t positions after 2 of 3");
+  CHECK(exf_block_forward(l.ctx, b, exf_tensor_new(l.ctx, exf_shape3(1, 1, 2), NULL), kv)
+        != NULL);
+  CHECK(exf_kv_length(kv) == 3);
   exf_kv_free(kv);
   lone_free(&l);
 }
@@ -460,13 +541,10 @@ TEST(activations_of_huge_numbers_have_gradients) {
 /* A cause that an earlier call left behind is not this one's. */
 TEST(errno_from_before_does_not_matter) {
   lone l = lone_new();
-  exf_st *st;
   errno = EINTR;
   CHECK(exf_model_save(l.model, FILE_NAME, NULL, 0) == EXF_OK);
   errno = EINTR;
-  st = exf_st_open(l.ctx, FILE_NAME, NULL);
-  CHECK(exf_model_load(l.model, st) == EXF_OK);
-  exf_st_close(st);
+  CHECK(exf_model_load(l.model, FILE_NAME) == EXF_OK);
   lone_free(&l);
 }
 
@@ -490,6 +568,15 @@ TEST(shared_moments_are_saved_in_their_shape) {
   lone_free(&l);
 }
 
+static exf_tensor *no_weights(exf_ctx *ctx, const exf_ffn *ffn, exf_tensor *x,
+                              int training) {
+  (void)ctx;
+  (void)ffn;
+  (void)x;
+  (void)training;
+  return NULL;
+}
+
 /* sw is plain SGD with a smaller rate, and dense AdamW: each is said of its own. */
 TEST(notices_know_the_optimizer) {
   int adam;
@@ -508,6 +595,28 @@ TEST(notices_know_the_optimizer) {
     f.upcycle = EXF_UP_INDEPENDENT_PLAIN;
     exf_ffn_upcycle(ffn_of(l.model, "mlp", EXF_DENSE), &f);
     CHECK(exf_notices(l.model, NULL) == 1);
+    lone_free(&l);
+  }
+}
+
+/* Its own weights may be anything; a rule that gives none is sw under another name. */
+TEST(notices_say_of_rules_what_is_true) {
+  static const struct { size_t n; int weights; exf_upcycle up; int said; } cases[] = {
+    {1, 0, EXF_UP_DEFAULT, 1}, {1, 1, EXF_UP_DEFAULT, 0}, {2, 0, EXF_UP_DEFAULT, 1},
+    {2, 1, EXF_UP_DEFAULT, 0}, {2, 0, EXF_UP_COPY, 2}, {2, 1, EXF_UP_COPY, 1},
+    {2, 0, EXF_UP_INDEPENDENT_PLAIN, 2}, {2, 1, EXF_UP_INDEPENDENT_PLAIN, 0}};
+  size_t i;
+  for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+    lone l = lone_new();
+    exf_fusion_desc f = tiny_variant(0, cases[i].n);
+    exf_rule rule;
+    memset(&rule, 0, sizeof rule);
+    rule.name = "mine";
+    if (cases[i].weights) rule.weights = no_weights;
+    f.rule = &rule;
+    f.upcycle = cases[i].up;
+    CHECK(exf_ffn_upcycle(ffn_of(l.model, "mlp", EXF_DENSE), &f) == EXF_OK);
+    CHECK(exf_notices(l.model, NULL) == cases[i].said);
     lone_free(&l);
   }
 }
@@ -543,6 +652,8 @@ int main(void) {
   RUN(checkpoints_tell_the_fusion_of_every_ffn);
   RUN(averages_count_as_training);
   RUN(numbers_out_of_range_are_refused);
+  RUN(descriptors_may_be_missing);
+  RUN(a_zero_may_be_meant);
   RUN(long_means_are_exact);
   RUN(names_that_files_cannot_hold_are_refused);
   RUN(large_gradients_are_finite);
@@ -553,6 +664,7 @@ int main(void) {
   RUN(errno_from_before_does_not_matter);
   RUN(shared_moments_are_saved_in_their_shape);
   RUN(notices_know_the_optimizer);
+  RUN(notices_say_of_rules_what_is_true);
   RUN(long_schedules_are_summed_quickly);
   TEST_MAIN_END;
 }

@@ -76,6 +76,23 @@ static exf_tensor *recipe_build(exf_ctx *ctx, void *self) {
   return r->loss;
 }
 
+static exf_shape shape5(size_t a, size_t b, size_t c, size_t d, size_t e) {
+  exf_shape s = exf_shape4(a, b, c, d);
+  s.n = 5;
+  s.dim[4] = e;
+  return s;
+}
+
+static exf_tensor *attention(exf_ctx *ctx, exf_tensor *qkv, size_t n_heads, int causal,
+                             exf_kv *cache) {
+  exf_attention_desc d;
+  memset(&d, 0, sizeof d);
+  d.n_heads = n_heads;
+  d.causal = causal;
+  d.cache = cache;
+  return exf_attention(ctx, qkv, &d);
+}
+
 typedef exf_tensor *(*binary_op)(exf_ctx *ctx, exf_tensor *a, exf_tensor *b);
 typedef exf_tensor *(*unary_op)(exf_ctx *ctx, exf_tensor *x);
 
@@ -89,7 +106,7 @@ static void binary(exf_ctx *ctx, recipe *r, binary_op op) {
   W(ctx, r, op(ctx, P(r, exf_shape2(3, 1), 0.5, 2), P(r, exf_shape3(2, 1, 4), 0.5, 2)));
   W(ctx, r, op(ctx, P(r, exf_shape0(), 0.5, 2), P(r, exf_shape2(2, 3), 0.5, 2)));
   W(ctx, r, op(ctx, P(r, exf_shape2(2, 3), 0.5, 2), P(r, exf_shape0(), 0.5, 2)));
-  W(ctx, r, op(ctx, P(r, exf_shape5(2, 1, 3, 1, 2), 0.5, 2),
+  W(ctx, r, op(ctx, P(r, shape5(2, 1, 3, 1, 2), 0.5, 2),
                P(r, exf_shape4(2, 1, 3, 1), 0.5, 2)));
   W(ctx, r, op(ctx, P(r, exf_shape2(5, 37), 0.5, 2), P(r, exf_shape2(5, 1), 0.5, 2)));
   a = P(r, exf_shape2(2, 3), 0.5, 2);
@@ -109,25 +126,72 @@ static exf_tensor *scale_some(exf_ctx *ctx, exf_tensor *x) {
   return exf_scale(ctx, x, -1.75);
 }
 
-static void recipe_ADD(exf_ctx *ctx, recipe *r) { binary(ctx, r, exf_add); }
-static void recipe_SUB(exf_ctx *ctx, recipe *r) { binary(ctx, r, exf_sub); }
-static void recipe_MUL(exf_ctx *ctx, recipe *r) { binary(ctx, r, exf_mul); }
-static void recipe_DIV(exf_ctx *ctx, recipe *r) { binary(ctx, r, exf_div); }
-static void recipe_SCALE(exf_ctx *ctx, recipe *r) { unary(ctx, r, scale_some, -2, 2); }
-static void recipe_NEG(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_neg, -2, 2); }
-static void recipe_EXP(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_exp, -2, 1); }
-static void recipe_LOG(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_log, 0.5, 3); }
-static void recipe_TANH(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_tanh, -2, 2); }
-static void recipe_SQRT(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_sqrt, 0.5, 3); }
-static void recipe_SQUARE(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_square, -2, 2); }
-static void recipe_GELU(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_gelu, -3, 3); }
-static void recipe_GELU_TANH(exf_ctx *ctx, recipe *r) {
+static void recipe_add(exf_ctx *ctx, recipe *r) { binary(ctx, r, exf_add); }
+static void recipe_sub(exf_ctx *ctx, recipe *r) { binary(ctx, r, exf_sub); }
+static void recipe_mul(exf_ctx *ctx, recipe *r) { binary(ctx, r, exf_mul); }
+static void recipe_div(exf_ctx *ctx, recipe *r) { binary(ctx, r, exf_div); }
+static void recipe_scale(exf_ctx *ctx, recipe *r) { unary(ctx, r, scale_some, -2, 2); }
+static void recipe_neg(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_neg, -2, 2); }
+static void recipe_exp(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_exp, -2, 1); }
+static void recipe_log(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_log, 0.5, 3); }
+static void recipe_tanh(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_tanh, -2, 2); }
+static void recipe_sqrt(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_sqrt, 0.5, 3); }
+static void recipe_square(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_square, -2, 2); }
+static void recipe_gelu(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_gelu, -3, 3); }
+static void recipe_gelu_tanh(exf_ctx *ctx, recipe *r) {
   unary(ctx, r, exf_gelu_tanh, -3, 3);
 }
-static void recipe_SILU(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_silu, -3, 3); }
+static void recipe_silu(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_silu, -3, 3); }
+
+static void recipe_sigmoid(exf_ctx *ctx, recipe *r) { unary(ctx, r, exf_sigmoid, -3, 3); }
+
+static void recipe_add_over(exf_ctx *ctx, recipe *r) {
+  exf_tensor *a = P(r, exf_shape2(3, 7), -1, 1), *b = P(r, exf_shape2(3, 7), -1, 1);
+  exf_tensor *y = exf__add_over(ctx, a, exf_tanh(ctx, b));
+  W(ctx, r, y);
+  W(ctx, r, exf__add_over(ctx, exf_square(ctx, y), exf_tanh(ctx, a)));
+}
+
+/* All of one shape, each side repeated, the mask too, and one tensor on both sides. */
+static void recipe_where(exf_ctx *ctx, recipe *r) {
+  static const exf_real bits[] = {1, 0, 0, -2, 1, 0, 1, 1, 0, 0, 0, 5,
+                                  0, 1, 1, 0, 0, 0, 1, 0, 1, 1, 0, 1};
+  exf_shape s = exf_shape3(2, 3, 4);
+  exf_tensor *whole = exf_tensor_new(ctx, s, bits), *a = P(r, s, -1, 1);
+  exf_tensor *column = exf_tensor_new(ctx, exf_shape2(3, 1), bits);
+  W(ctx, r, exf_where(ctx, whole, a, P(r, s, -1, 1)));
+  W(ctx, r, exf_where(ctx, whole, P(r, exf_shape1(4), -1, 1), a));
+  W(ctx, r, exf_where(ctx, whole, a, P(r, exf_shape2(3, 1), -1, 1)));
+  W(ctx, r, exf_where(ctx, column, a, P(r, exf_shape0(), -1, 1)));
+  W(ctx, r, exf_where(ctx, column, P(r, exf_shape1(4), -1, 1),
+                      P(r, exf_shape3(2, 1, 1), -1, 1)));
+  W(ctx, r, exf_where(ctx, whole, a, exf_square(ctx, a)));
+  W(ctx, r, exf_where(ctx, a, P(r, s, -1, 1), a));         /* the mask itself gets none */
+}
 
 /* Both sides of the kink, and nothing near it. */
-static void recipe_RELU(exf_ctx *ctx, recipe *r) {
+static void recipe_abs(exf_ctx *ctx, recipe *r) {
+  exf_tensor *a = P(r, exf_shape2(3, 7), 0.1, 2), *both[2];
+  both[0] = a;
+  both[1] = exf_neg(ctx, exf_square(ctx, a));
+  W(ctx, r, exf_abs(ctx, exf_concat(ctx, both, 2, 0)));
+  W(ctx, r, exf_abs(ctx, a));
+}
+
+/* Within, above and below. */
+static void recipe_clamp(exf_ctx *ctx, recipe *r) {
+  exf_tensor *a = P(r, exf_shape2(3, 7), 0.1, 0.9), *all[3], *y;
+  all[0] = a;
+  all[1] = exf_add(ctx, a, exf_ones(ctx, exf_shape0()));
+  all[2] = exf_sub(ctx, a, exf_ones(ctx, exf_shape0()));
+  y = exf_clamp(ctx, exf_concat(ctx, all, 3, 0), 0, 1);
+  W(ctx, r, y);
+  W(ctx, r, exf_mul(ctx, y, y));
+  W(ctx, r, exf_clamp(ctx, a, -INFINITY, INFINITY));
+}
+
+/* Both sides of the kink, and nothing near it. */
+static void recipe_relu(exf_ctx *ctx, recipe *r) {
   exf_tensor *a = P(r, exf_shape2(3, 7), 0.1, 2), *b = P(r, exf_shape2(3, 7), 0.1, 2);
   exf_tensor *n = exf_neg(ctx, b), *both[2];
   both[0] = a;
@@ -137,31 +201,30 @@ static void recipe_RELU(exf_ctx *ctx, recipe *r) {
   W(ctx, r, exf_add(ctx, exf_relu(ctx, n), b));
 }
 
-static void recipe_MATMUL(exf_ctx *ctx, recipe *r) {
-  int f;
-  for (f = 0; f < 4; f++) {
-    int ta = f & 1, tb = f >> 1;
+static void recipe_matmul(exf_ctx *ctx, recipe *r) {
+  for (int f = 0; f < 4; f++) {        /* f: the flags */
+    int ta = f & EXF_TRANSPOSE_A, tb = f & EXF_TRANSPOSE_B;
     exf_shape a2 = ta ? exf_shape2(4, 3) : exf_shape2(3, 4);
     exf_shape b2 = tb ? exf_shape2(5, 4) : exf_shape2(4, 5);
     exf_shape a3 = exf_shape3(2, a2.dim[0], a2.dim[1]);
     exf_shape b3 = exf_shape3(2, b2.dim[0], b2.dim[1]);
     exf_shape a4 = exf_shape4(2, 2, a2.dim[0], a2.dim[1]);
     exf_shape b4 = exf_shape4(2, 2, b2.dim[0], b2.dim[1]);
-    W(ctx, r, exf_matmul(ctx, P(r, a2, -1, 1), P(r, b2, -1, 1), ta, tb));
-    W(ctx, r, exf_matmul(ctx, P(r, a3, -1, 1), P(r, b3, -1, 1), ta, tb));
-    W(ctx, r, exf_matmul(ctx, P(r, a3, -1, 1), P(r, b2, -1, 1), ta, tb));
-    W(ctx, r, exf_matmul(ctx, P(r, a2, -1, 1), P(r, b3, -1, 1), ta, tb));
-    W(ctx, r, exf_matmul(ctx, P(r, a4, -1, 1), P(r, b4, -1, 1), ta, tb));
+    W(ctx, r, exf_matmul(ctx, P(r, a2, -1, 1), P(r, b2, -1, 1), f));
+    W(ctx, r, exf_matmul(ctx, P(r, a3, -1, 1), P(r, b3, -1, 1), f));
+    W(ctx, r, exf_matmul(ctx, P(r, a3, -1, 1), P(r, b2, -1, 1), f));
+    W(ctx, r, exf_matmul(ctx, P(r, a2, -1, 1), P(r, b3, -1, 1), f));
+    W(ctx, r, exf_matmul(ctx, P(r, a4, -1, 1), P(r, b4, -1, 1), f));
   }
   {
     exf_tensor *s = P(r, exf_shape2(3, 3), -1, 1);
-    W(ctx, r, exf_matmul(ctx, s, s, 0, 1));   /* one tensor on both sides */
+    W(ctx, r, exf_matmul(ctx, s, s, EXF_TRANSPOSE_B));   /* one tensor on both sides */
     W(ctx, r, exf_matmul(ctx, P(r, exf_shape2(1, 9), -1, 1),
-                         P(r, exf_shape2(9, 1), -1, 1), 0, 0));
+                         P(r, exf_shape2(9, 1), -1, 1), 0));
   }
 }
 
-static void recipe_LINEAR(exf_ctx *ctx, recipe *r) {
+static void recipe_linear(exf_ctx *ctx, recipe *r) {
   exf_tensor *x = P(r, exf_shape3(2, 3, 4), -1, 1), *w = P(r, exf_shape2(5, 4), -1, 1);
   exf_tensor *sq = P(r, exf_shape2(4, 4), -1, 1), *b = P(r, exf_shape1(4), -1, 1), *y;
   W(ctx, r, exf_linear(ctx, x, w, NULL));
@@ -169,7 +232,7 @@ static void recipe_LINEAR(exf_ctx *ctx, recipe *r) {
   W(ctx, r, exf_linear(ctx, P(r, exf_shape2(3, 4), -1, 1), w, NULL));
   y = exf_linear(ctx, exf_tanh(ctx, exf_linear(ctx, x, sq, b)), sq, b); /* w, b twice */
   W(ctx, r, y);
-  W(ctx, r, exf__run3(ctx, EXF__OP_LINEAR, y, w, NULL, 0, 1 + EXF__U_GELU));
+  W(ctx, r, exf__linear_of(ctx, y, EXF__U_GELU, w, NULL));
   W(ctx, r, y);                                      /* the first gradient y receives */
   W(ctx, r, exf_linear(ctx, P(r, exf_shape2(1, 4), -1, 1), sq, b));
 }
@@ -179,10 +242,10 @@ static void rows(exf_ctx *ctx, recipe *r, unary_op op) {
   W(ctx, r, op(ctx, P(r, exf_shape1(7), -2, 2)));
   W(ctx, r, op(ctx, P(r, exf_shape2(2, 37), -2, 2)));
 }
-static void recipe_SOFTMAX(exf_ctx *ctx, recipe *r) { rows(ctx, r, exf_softmax); }
-static void recipe_LOG_SOFTMAX(exf_ctx *ctx, recipe *r) { rows(ctx, r, exf_log_softmax); }
+static void recipe_softmax(exf_ctx *ctx, recipe *r) { rows(ctx, r, exf_softmax); }
+static void recipe_log_softmax(exf_ctx *ctx, recipe *r) { rows(ctx, r, exf_log_softmax); }
 
-static void recipe_LAYERNORM(exf_ctx *ctx, recipe *r) {
+static void recipe_layernorm(exf_ctx *ctx, recipe *r) {
   exf_tensor *x = P(r, exf_shape3(2, 3, 5), -2, 2), *w = P(r, exf_shape1(5), 0.5, 2);
   W(ctx, r, exf_layernorm(ctx, x, w, NULL, 1e-5));
   W(ctx, r, exf_layernorm(ctx, x, w, P(r, exf_shape1(5), -1, 1), 1e-2));
@@ -192,21 +255,31 @@ static void recipe_LAYERNORM(exf_ctx *ctx, recipe *r) {
                           P(r, exf_shape1(37), 0.5, 2), NULL, 1e-5));
 }
 
-static void recipe_RMSNORM(exf_ctx *ctx, recipe *r) {
+static void recipe_rmsnorm(exf_ctx *ctx, recipe *r) {
   exf_tensor *x = P(r, exf_shape3(2, 3, 5), -2, 2), *w = P(r, exf_shape1(5), 0.5, 2);
   W(ctx, r, exf_rmsnorm(ctx, x, w, 1e-5));
   W(ctx, r, exf_rmsnorm(ctx, P(r, exf_shape2(2, 37), -2, 2),
                         P(r, exf_shape1(37), 0.5, 2), 1e-2));
 }
 
-static void recipe_EMBEDDING(exf_ctx *ctx, recipe *r) {
+static void recipe_embedding(exf_ctx *ctx, recipe *r) {
   static const int32_t ids[8] = {3, 0, 3, 3, 1, 0, 4, 1};
   exf_tensor *t = P(r, exf_shape2(5, 3), -1, 1);
   W(ctx, r, exf_embedding(ctx, t, ids, 2, 4));
   W(ctx, r, exf_embedding(ctx, t, ids + 2, 5, 0));
 }
 
-static void recipe_DROPOUT(exf_ctx *ctx, recipe *r) {
+/* Rows of any shape: once, repeatedly, and not at all. */
+static void recipe_gather(exf_ctx *ctx, recipe *r) {
+  static const int32_t ids[7] = {3, 0, 3, 3, 1, 0, 2};
+  exf_tensor *x = P(r, exf_shape3(5, 2, 3), -1, 1);
+  W(ctx, r, exf_gather(ctx, x, ids, 7));
+  W(ctx, r, exf_square(ctx, exf_gather(ctx, x, ids + 3, 2)));
+  W(ctx, r, exf_gather(ctx, P(r, exf_shape1(4), -1, 1), ids, 7));
+  W(ctx, r, exf_gather(ctx, exf_tanh(ctx, P(r, exf_shape2(4, 3), -1, 1)), ids, 7));
+}
+
+static void recipe_dropout(exf_ctx *ctx, recipe *r) {
   exf_tensor *x = P(r, exf_shape3(2, 10, 5), -1, 1), *y;
   int before = exf_training_set(ctx, 1);
   y = exf_dropout(ctx, x, 0.4);
@@ -219,7 +292,7 @@ static void recipe_DROPOUT(exf_ctx *ctx, recipe *r) {
 }
 
 /* A view's gradient joins what reaches the tensor directly. */
-static void recipe_RESHAPE(exf_ctx *ctx, recipe *r) {
+static void recipe_reshape(exf_ctx *ctx, recipe *r) {
   exf_tensor *x = P(r, exf_shape2(4, 6), -1, 1), *h = exf_tanh(ctx, x);
   W(ctx, r, exf_reshape(ctx, x, exf_shape3(2, 3, 4)));
   W(ctx, r, exf_square(ctx, exf_reshape(ctx, h, exf_shape1(24))));
@@ -230,18 +303,18 @@ static void recipe_RESHAPE(exf_ctx *ctx, recipe *r) {
   W(ctx, r, exf_reshape(ctx, P(r, exf_shape0(), -1, 1), exf_shape2(1, 1)));
 }
 
-static void recipe_PERMUTE(exf_ctx *ctx, recipe *r) {
+static void recipe_permute(exf_ctx *ctx, recipe *r) {
   static const int three[6][3] = {{0, 1, 2}, {0, 2, 1}, {1, 0, 2},
                                   {1, 2, 0}, {2, 0, 1}, {2, 1, 0}};
   static const int five[5] = {3, 0, 4, 1, 2}, two[2] = {1, 0};
   exf_tensor *x = P(r, exf_shape3(2, 3, 4), -1, 1);
   int i;
   for (i = 0; i < 6; i++) W(ctx, r, exf_permute(ctx, x, three[i]));
-  W(ctx, r, exf_permute(ctx, P(r, exf_shape5(2, 1, 3, 2, 2), -1, 1), five));
+  W(ctx, r, exf_permute(ctx, P(r, shape5(2, 1, 3, 2, 2), -1, 1), five));
   W(ctx, r, exf_permute(ctx, P(r, exf_shape2(3, 19), -1, 1), two));
 }
 
-static void recipe_CONCAT(exf_ctx *ctx, recipe *r) {
+static void recipe_concat(exf_ctx *ctx, recipe *r) {
   int axis;
   for (axis = 0; axis < 3; axis++) {
     exf_shape s = exf_shape3(2, 3, 2), u = s;
@@ -256,7 +329,7 @@ static void recipe_CONCAT(exf_ctx *ctx, recipe *r) {
   }
 }
 
-static void recipe_SLICE(exf_ctx *ctx, recipe *r) {
+static void recipe_slice(exf_ctx *ctx, recipe *r) {
   exf_tensor *x = P(r, exf_shape3(3, 4, 5), -1, 1);
   int axis;
   for (axis = 0; axis < 3; axis++) {
@@ -268,9 +341,9 @@ static void recipe_SLICE(exf_ctx *ctx, recipe *r) {
   }
 }
 
-static void reduce(exf_ctx *ctx, recipe *r,
+static void reduce(exf_ctx *ctx, recipe *r, double most,
                    exf_tensor *(*op)(exf_ctx *, exf_tensor *, unsigned, int)) {
-  exf_tensor *x = P(r, exf_shape3(3, 2, 4), -1, 1);
+  exf_tensor *x = P(r, exf_shape3(3, 2, 4), -most, most);
   unsigned axes;
   for (axes = 1; axes < 8; axes++) {
     W(ctx, r, op(ctx, x, axes, 0));
@@ -278,12 +351,21 @@ static void reduce(exf_ctx *ctx, recipe *r,
   }
   W(ctx, r, op(ctx, x, EXF_ALL_AXES, 0));
   W(ctx, r, op(ctx, exf_square(ctx, x), EXF_ALL_AXES, 1));
-  W(ctx, r, op(ctx, P(r, exf_shape2(2, 37), -1, 1), EXF_AXIS(1), 0));
+  W(ctx, r, op(ctx, P(r, exf_shape2(2, 37), -most, most), EXF_AXIS(1), 0));
 }
-static void recipe_SUM(exf_ctx *ctx, recipe *r) { reduce(ctx, r, exf_sum); }
-static void recipe_MEAN(exf_ctx *ctx, recipe *r) { reduce(ctx, r, exf_mean); }
+static void recipe_sum(exf_ctx *ctx, recipe *r) { reduce(ctx, r, 1, exf_sum); }
+static void recipe_mean(exf_ctx *ctx, recipe *r) { reduce(ctx, r, 1, exf_mean); }
 
-static void recipe_CROSS_ENTROPY(exf_ctx *ctx, recipe *r) {
+/* Numbers far from each other, in no order: no difference changes which is largest. */
+static exf_tensor *spaced_max(exf_ctx *ctx, exf_tensor *x, unsigned axes, int keep) {
+  exf_tensor *far = exf_tensor_new(ctx, x->shape, NULL);
+  for (size_t i = 0; far && i < far->size; i++)
+    far->data[i] = (exf_real)(0.15 * (double)(i * 7 % 37) - 2.7);
+  return exf_max(ctx, exf_add(ctx, x, far), axes, keep);
+}
+static void recipe_max(exf_ctx *ctx, recipe *r) { reduce(ctx, r, 0.05, spaced_max); }
+
+static void recipe_cross_entropy(exf_ctx *ctx, recipe *r) {
   static const int32_t labels[6] = {3, -1, 0, 6, -100, 3};
   static const int32_t none[6] = {-1, -1, -1, -1, -1, -1};
   exf_tensor *x = P(r, exf_shape2(6, 7), -2, 2), *y = P(r, exf_shape3(2, 3, 7), -2, 2);
@@ -295,21 +377,22 @@ static void recipe_CROSS_ENTROPY(exf_ctx *ctx, recipe *r) {
   W(ctx, r, exf_cross_entropy(ctx, P(r, exf_shape2(2, 37), -2, 2), labels + 2, 0.1));
 }
 
-static void recipe_ATTENTION(exf_ctx *ctx, recipe *r) {
+static void recipe_attention(exf_ctx *ctx, recipe *r) {
   size_t heads;
   int causal;
   exf_tensor *x = P(r, exf_shape3(2, 5, 18), -1.5, 1.5);
   exf_tensor *tall = P(r, exf_shape3(1, 35, 6), -1.5, 1.5);
   for (causal = 0; causal < 2; causal++) {
     for (heads = 1; heads <= 3; heads++)
-      W(ctx, r, exf_attention(ctx, x, heads, causal));
-    W(ctx, r, exf_attention(ctx, tall, 1, causal));     /* more than one query block */
-    W(ctx, r, exf_attention(ctx, exf_tanh(ctx, x), 6, causal));
+      W(ctx, r, attention(ctx, x, heads, causal, NULL));
+    W(ctx, r, attention(ctx, tall, 1, causal, NULL));     /* more than one query block */
+    W(ctx, r, attention(ctx, exf_tanh(ctx, x), 6, causal, NULL));
   }
-  W(ctx, r, exf_attention(ctx, P(r, exf_shape3(2, 1, 6), -1, 1), 2, 1));
+  W(ctx, r, attention(ctx, P(r, exf_shape3(2, 1, 6), -1, 1), 2, 1, NULL));
+  W(ctx, r, exf_attention(ctx, x, NULL));               /* one head, not causal */
 }
 
-static void recipe_FUSE(exf_ctx *ctx, recipe *r) {
+static void recipe_fuse(exf_ctx *ctx, recipe *r) {
   exf_tensor *a = P(r, exf_shape1(3), -1, 1), *e = P(r, exf_shape3(3, 2, 5), -1, 1);
   exf_tensor *y = exf_fuse(ctx, a, e);
   W(ctx, r, y);
@@ -338,7 +421,7 @@ static void custom_backward(void *user, const exf_tensor *const *in,
     if (din[1] != NULL) din[1][i] += x * x * dout[i];
   }
 }
-static void recipe_CUSTOM(exf_ctx *ctx, recipe *r) {
+static void recipe_custom(exf_ctx *ctx, recipe *r) {
   static exf_real factor = (exf_real)1.5;
   exf_custom_desc d;
   exf_tensor *in[2], *x = P(r, exf_shape2(3, 4), -1, 1);
@@ -366,7 +449,7 @@ typedef struct row {
   const char *name;
   void (*body)(exf_ctx *ctx, recipe *r);
 } row;
-#define ROW(NAME, ...) {#NAME, recipe_##NAME},
+#define ROW(name) {#name, recipe_##name},
 static const row table[] = {EXF__OPS(ROW)};
 #undef ROW
 #define N_OPS (sizeof table / sizeof table[0])
@@ -414,13 +497,15 @@ static void check_recipe(const row *op, exf_isa isa) {
 static int isas(exf_isa *out) {
   static const exf_isa all[] = {EXF_ISA_REF, EXF_ISA_SSE2, EXF_ISA_AVX2, EXF_ISA_AVX512,
                                 EXF_ISA_NEON};
-  exf_ctx *ctx = exf_ctx_new(NULL);
-  int i, n = 0;
-  for (i = 0; i < 5; i++) {
-    if (exf_isa_set(ctx, all[i]) == EXF_OK) out[n++] = all[i];
-    exf_error_clear(ctx);
+  int n = 0;
+  for (int i = 0; i < 5; i++) {
+    exf_desc d;
+    memset(&d, 0, sizeof d);
+    d.isa = all[i];
+    exf_ctx *ctx = exf_ctx_new(&d);
+    if (exf_ctx_status(ctx) == EXF_OK) out[n++] = all[i];
+    exf_ctx_free(ctx);
   }
-  exf_ctx_free(ctx);
   return n;
 }
 
@@ -448,6 +533,10 @@ static exf_tensor *whole_loss(exf_ctx *ctx, void *user) {
    numbers shows (an error that falls sixteenfold with every halving). */
 #define WIDTH 1e-4
 
+#define EXF__X(name, text) text,
+static const char *const act_names[] = {EXF_ACT_LIST(EXF__X)};
+#undef EXF__X
+
 static void check_whole(int variant, int bias, exf_act act, double dropout, double h) {
   exf_gradcheck_report g;
   tiny_desc d = tiny_defaults();
@@ -472,13 +561,13 @@ static void check_whole(int variant, int bias, exf_act act, double dropout, doub
   w.labels[3] = -1;
   /* biases, norms and the router away from their plain starts */
   for (i = 0; i < exf_model_n_params(w.gpt.model); i++) {
-    exf_tensor *t = exf_param_tensor(exf_model_param(w.gpt.model, i));
+    exf_tensor *t = &exf_model_param(w.gpt.model, i)->tensor;
     for (j = 0; j < t->size; j++)
       t->data[j] += (exf_real)(0.25 * exf_rng_normal(8, (uint32_t)i, 0, j));
   }
   exf_training_set(ctx, 1);
   snprintf(name, sizeof name, "%s, bias %d, %s, dropout %g", tiny_variant_names[variant],
-           bias, exf_act_name(act), dropout);
+           bias, act_names[act], dropout);
   if (CHECK(exf_gradcheck(w.gpt.model, whole_loss, &w, h, &g) == EXF_OK)) {
     report(name, &g);
     CHECK(g.worst <= BAR);
@@ -686,13 +775,14 @@ static void on_each_isa(void (*test)(exf_ctx *ctx)) {
   }
 }
 
-static void matmul_case(exf_ctx *ctx, size_t B, size_t m, size_t n, size_t k, int ta,
-                        int tb, int batched_b) {
+static void matmul_case(exf_ctx *ctx, size_t B, size_t m, size_t n, size_t k, int flags,
+                        int batched_b) {
+  int ta = flags & EXF_TRANSPOSE_A, tb = flags & EXF_TRANSPOSE_B;
   exf_tensor *a = noise(ctx, ta ? exf_shape3(B, k, m) : exf_shape3(B, m, k), 1, 1);
   exf_tensor *b = batched_b
     ? noise(ctx, tb ? exf_shape3(B, n, k) : exf_shape3(B, k, n), 2, 1)
     : noise(ctx, tb ? exf_shape2(n, k) : exf_shape2(k, n), 2, 1);
-  exf_tensor *c = exf_matmul(ctx, a, b, ta, tb);
+  exf_tensor *c = exf_matmul(ctx, a, b, flags);
   size_t s, i, j, l, bad = 0;
   if (!CHECK(c != NULL)) return;
   CHECK(c->shape.n == 3 && c->shape.dim[0] == B && c->shape.dim[1] == m
@@ -722,8 +812,8 @@ static void matmul_values_in(exf_ctx *ctx) {
   int f;
   for (i = 0; i < sizeof size / sizeof size[0]; i++)
     for (f = 0; f < 8; f++)
-      matmul_case(ctx, f & 4 ? 1 : 2, size[i][0], size[i][1], size[i][2], f & 1,
-                  (f >> 1) & 1, f & 4 ? 0 : 1);
+      matmul_case(ctx, f & 4 ? 1 : 2, size[i][0], size[i][1], size[i][2], f & 3,
+                  f & 4 ? 0 : 1);
 }
 TEST(matmul_values) { on_each_isa(matmul_values_in); }
 
@@ -752,14 +842,15 @@ TEST(linear_values) { on_each_isa(linear_values_in); }
 static void linear_of_function(exf_ctx *ctx, int keep, int f, exf_real *out) {
   static exf_tensor *(*const functions[])(exf_ctx *, exf_tensor *) = {
     exf_gelu, exf_gelu_tanh, exf_relu, exf_silu};
-  static const int kinds[] = {EXF__U_GELU, EXF__U_GELU_TANH, EXF__U_RELU, EXF__U_SILU};
+  static const exf__unary_op kinds[] = {EXF__U_GELU, EXF__U_GELU_TANH, EXF__U_RELU,
+                                        EXF__U_SILU};
   exf_tensor *x = noise(ctx, exf_shape2(27, 31), 1, 1), *y;
   exf_tensor *w = noise(ctx, exf_shape2(18, 31), 2, 1);
   exf_tensor *weights = noise(ctx, exf_shape2(27, 18), 3, 1), *loss;
   if (keep & 1) exf_grad_keep(ctx, x);
   if (keep & 2) exf_grad_keep(ctx, w);
   if (f < 4) y = exf_linear(ctx, functions[f](ctx, x), w, NULL);
-  else y = exf__run3(ctx, EXF__OP_LINEAR, x, w, NULL, 0, 1 + kinds[f - 4]);
+  else y = exf__linear_of(ctx, x, kinds[f - 4], w, NULL);
   loss = exf_sum(ctx, exf_mul(ctx, y, weights), EXF_ALL_AXES, 0);
   if (keep & 4)
     loss = exf_add(ctx, loss, exf_sum(ctx, exf_mul(ctx, x, x), EXF_ALL_AXES, 0));
@@ -899,7 +990,7 @@ TEST(cross_entropy_values) { on_each_isa(cross_entropy_values_in); }
 static void attention_case(exf_ctx *ctx, size_t B, size_t T, size_t C, size_t H,
                            int causal) {
   exf_tensor *x = noise(ctx, exf_shape3(B, T, 3 * C), 1, 1);
-  exf_tensor *y = exf_attention(ctx, x, H, causal);
+  exf_tensor *y = attention(ctx, x, H, causal, NULL);
   size_t b, h, t, s, j, d = C / H, bad = 0;
   double p[128];
   if (!CHECK(y != NULL)) return;
@@ -940,31 +1031,226 @@ static void attention_values_in(exf_ctx *ctx) {
 }
 TEST(attention_values) { on_each_isa(attention_values_in); }
 
+/* ---- attention with a cache ------------------------------------------------------ */
+
+/* Two layers, positions in passes of these lengths: the bits of the whole sequence. */
+static void cache_case(exf_ctx *ctx, size_t C, size_t H, const size_t *lengths, int n) {
+  size_t T = 0, at = 0, bad = 0;
+  exf_tensor *x[2], *full[2], *y;
+  exf_kv *kv;
+  for (int i = 0; i < n; i++) T += lengths[i];
+  kv = exf_kv_new(ctx, 2, T, C);
+  for (int l = 0; l < 2; l++) {
+    x[l] = noise(ctx, exf_shape3(1, T, 3 * C), (uint32_t)l, 1);
+    full[l] = attention(ctx, x[l], H, 1, NULL);
+  }
+  for (int i = 0; i < n; i++) {
+    CHECK(exf_kv_length(kv) == at);
+    for (int l = 0; l < 2; l++) {
+      y = attention(ctx, exf_slice(ctx, x[l], 1, at, at + lengths[i]), H, 1, kv);
+      if (!CHECK(y != NULL && y->size == lengths[i] * C)) return;
+      CHECK(exf_kv_length(kv) == at + (l ? lengths[i] : 0));
+      if (y->size && memcmp(y->data, full[l]->data + at * C, y->size * sizeof *y->data))
+        bad++;
+    }
+    at += lengths[i];
+  }
+  CHECK(bad == 0 && at == T);
+  exf_kv_free(kv);
+  exf_rewind(ctx);
+}
+static void cache_values_in(exf_ctx *ctx) {
+  static const size_t ones[5] = {1, 1, 1, 1, 1}, some[4] = {33, 1, 0, 70}, all[1] = {64};
+  cache_case(ctx, 6, 3, ones, 5);
+  cache_case(ctx, 64, 4, some, 4);
+  cache_case(ctx, 10, 1, all, 1);
+}
+TEST(attention_with_a_cache_equals_the_whole) { on_each_isa(cache_values_in); }
+
+#define QKV(b, t, c) exf_tensor_new(ctx, exf_shape3(b, t, 3 * (c)), NULL)
+TEST(caches_refuse_what_does_not_fit) {
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  exf_kv *kv = exf_kv_new(ctx, 2, 5, 4);
+  exf_tensor *leaf;
+  CHECK(attention(ctx, QKV(1, 1, 4), 2, 0, kv) == NULL);
+  CHECK_ERR(ctx, EXF_ARG, "not causal: a cache would hide later positions");
+  CHECK(attention(ctx, QKV(2, 1, 4), 2, 1, kv) == NULL);
+  CHECK_ERR(ctx, EXF_SHAPE, "attention: qkv (2,1,12)");
+  CHECK(attention(ctx, QKV(1, 1, 8), 2, 1, kv) == NULL);
+  CHECK_ERR(ctx, EXF_SHAPE, "the cache needs (1,t,12)");
+  CHECK(attention(ctx, QKV(1, 6, 4), 2, 1, kv) == NULL);
+  CHECK_ERR(ctx, EXF_SHAPE, "room for t positions after 0 of 5");
+  CHECK(attention(ctx, QKV(1, 1, 4), 3, 1, kv) == NULL);
+  CHECK_ERR(ctx, EXF_SHAPE, "width 4 is not divisible by 3 heads");
+  leaf = exf_grad_keep(ctx, QKV(1, 1, 4));
+  CHECK(attention(ctx, leaf, 2, 1, kv) == NULL);
+  CHECK_ERR(ctx, EXF_SHAPE, "in a no-grad scope");
+  exf_grad_set(ctx, 0);
+  CHECK(attention(ctx, leaf, 2, 1, kv) != NULL);
+  exf_grad_set(ctx, 1);
+  CHECK(exf_kv_length(kv) == 0);                     /* one of two layers */
+  CHECK(attention(ctx, QKV(1, 2, 4), 2, 1, kv) == NULL);
+  CHECK_ERR(ctx, EXF_STATE, "2 new positions in layer 1, but 1");
+  CHECK(attention(ctx, QKV(1, 1, 4), 2, 1, kv) != NULL);
+  CHECK(exf_kv_length(kv) == 1);
+  CHECK(attention(ctx, QKV(1, 2, 4), 2, 1, kv) != NULL);     /* a pass given up */
+  exf_kv_reset(kv);
+  CHECK(exf_kv_length(kv) == 0);
+  for (int l = 0; l < 2; l++) CHECK(attention(ctx, QKV(1, 5, 4), 2, 1, kv) != NULL);
+  CHECK(exf_kv_length(kv) == 5);
+  CHECK(attention(ctx, QKV(1, 1, 4), 2, 1, kv) == NULL);
+  CHECK_ERR(ctx, EXF_SHAPE, "after 5 of 5");
+  exf_kv_free(kv);
+  CHECK(exf_kv_new(ctx, 0, 5, 4) == NULL);
+  CHECK_ERR(ctx, EXF_SIZE, "do not make a cache");
+  CHECK(exf_kv_new(ctx, 2, (size_t)-1, 4) == NULL);
+  CHECK_ERR(ctx, EXF_SIZE, "do not make a cache");
+  exf_kv_free(NULL);
+  exf_kv_reset(NULL);
+  CHECK(exf_kv_length(NULL) == 0);
+  exf_ctx_free(ctx);
+}
+
+/* ---- sampling -------------------------------------------------------------------- */
+
+/* The same choice by plain loops, in double. */
+static int32_t choose(const exf_real *logits, size_t size, const exf_sample_desc *s,
+                      uint64_t index) {
+  int32_t order[256] = {0};
+  double p[256], total = 0, mass = 0, draw;
+  size_t n = 0, kept = s->top_k && s->top_k < size ? s->top_k : size, i;
+  for (i = 0; i < size; i++) {    /* by falling logit, then rising token */
+    size_t j = i;
+    for (; j > 0 && logits[order[j - 1]] < logits[i]; j--) order[j] = order[j - 1];
+    order[j] = (int32_t)i;
+  }
+  if (!(s->temperature > 0)) return order[0];
+  for (i = 0; i < kept; i++) {
+    double d = (double)logits[order[i]] - (double)logits[order[0]];
+    p[i] = exp(d / s->temperature);
+    total += p[i];
+  }
+  while (n < kept && (n == 0 || mass < s->top_p * total)) mass += p[n++];
+  draw = mass * exf_rng_uniform(s->seed, exf_rng_stream("sample"), 0, index);
+  for (i = 0; i + 1 < n && draw >= p[i]; i++) draw -= p[i];
+  return order[i];
+}
+TEST(samples_are_those_of_plain_loops) {
+  static const double temperatures[] = {0.3, 0.8, 1, 2, EXF_ZERO};
+  static const double shares[] = {0.1, 0.5, 0.9, 1};
+  static const size_t counts[] = {0, 1, 5, 65, 300};
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  exf_tensor *x = noise(ctx, exf_shape3(2, 3, 65), 1, 2);
+  exf_real *last = x->data + 5 * 65;
+  size_t bad = 0, seen = 0, drawn[65] = {0};
+  last[7] = last[8] = last[50];             /* equal ones */
+  last[20] = (exf_real)-INFINITY;
+  for (int t = 0; t < 5; t++)
+    for (int k = 0; k < 5; k++)
+      for (int q = 0; q < 4; q++)
+        for (uint64_t i = 0; i < 50; i++) {
+          exf_sample_desc d = {temperatures[t], counts[k], shares[q], 9};
+          int32_t token = exf_sample(ctx, x, &d, i);
+          bad += token != choose(last, 65, &d, i);
+          if (CHECK(token >= 0 && token < 65)) drawn[token]++;
+        }
+  CHECK(bad == 0);
+  for (int i = 0; i < 65; i++) seen += drawn[i] > 0;
+  CHECK(seen > 20 && drawn[20] == 0);
+  CHECK_OK(ctx);
+  exf_ctx_free(ctx);
+}
+
+/* Each token comes as often as its probability says; the defaults are T = 1, all. */
+TEST(samples_follow_the_distribution) {
+  static const exf_real p[4] = {(exf_real)0.1, (exf_real)0.4, (exf_real)0.3,
+                                (exf_real)0.2};
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  exf_tensor *x = exf_log(ctx, exf_tensor_new(ctx, exf_shape1(4), p));
+  double n[4] = {0}, m[4] = {0};
+  exf_sample_desc d;
+  memset(&d, 0, sizeof d);
+  d.top_p = 0.6;
+  for (uint64_t i = 0; i < 20000; i++) {
+    n[exf_sample(ctx, x, NULL, i)]++;
+    m[exf_sample(ctx, x, &d, i)]++;
+    exf_rewind(ctx);
+    x = exf_log(ctx, exf_tensor_new(ctx, exf_shape1(4), p));
+  }
+  for (int i = 0; i < 4; i++) CHECK_NEAR(n[i] / 20000, p[i], 0.015);
+  CHECK(m[0] == 0 && m[3] == 0);
+  CHECK_NEAR(m[1] / 20000, 4.0 / 7, 0.015);
+  d.seed = 1;
+  d.top_p = 0;
+  CHECK(exf_sample(ctx, x, &d, 3) == exf_sample(ctx, x, &d, 3));
+  CHECK_OK(ctx);
+  exf_ctx_free(ctx);
+}
+
+static void refuse_sample(exf_ctx *ctx, double temperature, double top_p,
+                          const char *part) {
+  exf_tensor *x = exf_ones(ctx, exf_shape1(4));
+  exf_sample_desc d;
+  memset(&d, 0, sizeof d);
+  d.temperature = temperature;
+  d.top_p = top_p;
+  CHECK(exf_sample(ctx, x, &d, 0) == -1);
+  CHECK_ERR(ctx, EXF_ARG, part);
+}
+TEST(samples_of_nonsense_are_refused) {
+  static const exf_real bad[][3] = {
+    {1, (exf_real)NAN, 2}, {1, (exf_real)INFINITY, 2},
+    {(exf_real)-INFINITY, (exf_real)-INFINITY, (exf_real)-INFINITY}};
+  static const char *const why[] = {"nan", "is inf", "is -inf"};
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  refuse_sample(ctx, -0.5, 0, "sample: temperature -0.5");
+  refuse_sample(ctx, NAN, 0, "sample: temperature");
+  refuse_sample(ctx, INFINITY, 0, "sample: temperature");
+  refuse_sample(ctx, 1, -1, "sample: top_p -1");
+  refuse_sample(ctx, 1, 1.5, "sample: top_p 1.5");
+  refuse_sample(ctx, EXF_ZERO, NAN, "sample: top_p");
+  for (int i = 0; i < 3; i++) {
+    CHECK(exf_sample(ctx, exf_tensor_new(ctx, exf_shape1(3), bad[i]), NULL, 0) == -1);
+    CHECK_ERR(ctx, EXF_NUMERIC, why[i]);
+  }
+  CHECK(exf_sample(ctx, NULL, NULL, 0) == -1);
+  CHECK_ERR(ctx, EXF_SHAPE, "sample: logits NULL");
+  CHECK(exf_sample(ctx, exf_ones(ctx, exf_shape0()), NULL, 0) == -1);
+  CHECK_ERR(ctx, EXF_SHAPE, "sample: logits ()");
+  CHECK(exf_sample(ctx, exf_ones(ctx, exf_shape2(0, 3)), NULL, 0) == -1);
+  CHECK_ERR(ctx, EXF_SHAPE, "sample: logits (0,3)");
+  CHECK(exf_sample(NULL, NULL, NULL, 0) == -1);
+  exf_ctx_free(ctx);
+}
+
+/* Where element i of a tensor of shape so comes from, in one of shape s that is repeated
+   to fill it. */
+static size_t source(size_t i, exf_shape so, exf_shape s) {
+  size_t at = 0, step = 1;
+  for (int k = 1; k <= so.n; k++) {     /* from the last axis to the first */
+    size_t index = i % so.dim[so.n - k];
+    i /= so.dim[so.n - k];
+    if (k > s.n) continue;
+    if (s.dim[s.n - k] != 1) at += index * step;
+    step *= s.dim[s.n - k];
+  }
+  return at;
+}
+
 static void broadcast_case(exf_ctx *ctx, exf_shape sa, exf_shape sb, exf_shape so) {
   exf_tensor *a = noise(ctx, sa, 1, 1), *b = noise(ctx, sb, 2, 1), *y[4];
-  size_t i, bad = 0;
-  int k, f;
+  size_t bad = 0;
   y[0] = exf_add(ctx, a, b);
   y[1] = exf_sub(ctx, a, b);
   y[2] = exf_mul(ctx, a, b);
   y[3] = exf_div(ctx, a, b);
-  for (f = 0; f < 4; f++) {
+  for (int f = 0; f < 4; f++) {
     if (!CHECK(y[f] != NULL)) return;
     CHECK(y[f]->shape.n == so.n);
-    for (k = 0; k < so.n; k++) CHECK(y[f]->shape.dim[k] == so.dim[k]);
-    for (i = 0; i < y[f]->size; i++) {
-      size_t rest = i, ia = 0, ib = 0, stepa = 1, stepb = 1;
-      exf_real u, v, want;
-      for (k = 0; k < so.n; k++) {   /* from the last axis to the first */
-        int o = so.n - 1 - k, ka = sa.n - 1 - k, kb = sb.n - 1 - k;
-        size_t at = rest % so.dim[o];
-        rest /= so.dim[o];
-        if (ka >= 0) { ia += sa.dim[ka] == 1 ? 0 : at * stepa; stepa *= sa.dim[ka]; }
-        if (kb >= 0) { ib += sb.dim[kb] == 1 ? 0 : at * stepb; stepb *= sb.dim[kb]; }
-      }
-      u = a->data[ia];
-      v = b->data[ib];
-      want = f == 0 ? u + v : f == 1 ? u - v : f == 2 ? u * v : u / v;
+    for (int k = 0; k < so.n; k++) CHECK(y[f]->shape.dim[k] == so.dim[k]);
+    for (size_t i = 0; i < y[f]->size; i++) {
+      exf_real u = a->data[source(i, so, sa)], v = b->data[source(i, so, sb)];
+      exf_real want = f == 0 ? u + v : f == 1 ? u - v : f == 2 ? u * v : u / v;
       if (y[f]->data[i] != want) bad++;
     }
   }
@@ -981,11 +1267,95 @@ static void broadcast_values_in(exf_ctx *ctx) {
   broadcast_case(ctx, exf_shape0(), exf_shape0(), exf_shape0());
   broadcast_case(ctx, exf_shape2(3, 1), exf_shape3(2, 1, 4), s234);
   broadcast_case(ctx, exf_shape3(2, 3, 1), exf_shape2(1, 4), s234);
-  broadcast_case(ctx, exf_shape5(2, 1, 3, 1, 5), exf_shape4(4, 1, 6, 1),
-                 exf_shape5(2, 4, 3, 6, 5));
+  broadcast_case(ctx, shape5(2, 1, 3, 1, 5), exf_shape4(4, 1, 6, 1),
+                 shape5(2, 4, 3, 6, 5));
   broadcast_case(ctx, exf_shape2(70, 33), exf_shape2(70, 1), exf_shape2(70, 33));
 }
 TEST(broadcasting_is_numpys) { on_each_isa(broadcast_values_in); }
+
+/* Gradients of a product with a repeated side, in double: g_k = sum of dy times the other
+   number, over all copies of k. Large enough for several threads. */
+static void broadcast_gradient_case(exf_ctx *ctx, exf_shape sa, exf_shape sb) {
+  exf_tensor *a = exf_grad_keep(ctx, noise(ctx, sa, 1, 1)), *y, *w;
+  exf_tensor *b = exf_grad_keep(ctx, noise(ctx, sb, 2, 1));
+  y = exf_mul(ctx, a, b);
+  if (!CHECK(y != NULL)) return;
+  w = noise(ctx, y->shape, 3, 1);
+  CHECK(exf_backward(ctx, exf_sum(ctx, exf_mul(ctx, y, w), EXF_ALL_AXES, 0)) == EXF_OK);
+  for (int side = 0; side < 2; side++) {
+    exf_tensor *t = side ? b : a, *other = side ? a : b;
+    double *sum = (double *)calloc(2 * t->size, sizeof *sum), *size = sum + t->size;
+    size_t bad = 0;
+    for (size_t i = 0; i < y->size; i++) {
+      size_t at = source(i, y->shape, t->shape);
+      double d = (double)w->data[i]
+                 * (double)other->data[source(i, y->shape, other->shape)];
+      sum[at] += d;
+      size[at] += fabs(d);
+    }
+    for (size_t i = 0; i < t->size; i++)
+      if (!(fabs((double)t->grad[i] - sum[i]) <= 100 * VALUE * size[i])) bad++;
+    CHECK(bad == 0);
+    free(sum);
+  }
+  exf_rewind(ctx);
+}
+static void broadcast_gradients_in(exf_ctx *ctx) {
+  broadcast_gradient_case(ctx, exf_shape2(600, 700), exf_shape2(600, 700));
+  broadcast_gradient_case(ctx, exf_shape2(600, 700), exf_shape1(700));
+  broadcast_gradient_case(ctx, exf_shape2(600, 1), exf_shape2(600, 700));
+  broadcast_gradient_case(ctx, exf_shape3(20, 1, 30), exf_shape3(20, 40, 1));
+  broadcast_gradient_case(ctx, exf_shape0(), exf_shape1(1025));
+  broadcast_gradient_case(ctx, exf_shape1(1025), exf_shape1(1025));
+}
+TEST(broadcast_gradients) { on_each_isa(broadcast_gradients_in); }
+
+static void where_case(exf_ctx *ctx, exf_shape sm, exf_shape sa, exf_shape sb,
+                       exf_shape so) {
+  exf_tensor *m = noise(ctx, sm, 1, 1), *a = noise(ctx, sa, 2, 1), *y;
+  exf_tensor *b = noise(ctx, sb, 3, 1);
+  size_t bad = 0;
+  for (size_t i = 0; i < m->size; i++) m->data[i] = m->data[i] > 0 ? m->data[i] : 0;
+  if (m->size > 1) m->data[m->size - 1] = (exf_real)NAN;      /* not 0 */
+  y = exf_where(ctx, m, a, b);
+  if (!CHECK(y != NULL && y->shape.n == so.n)) return;
+  for (int k = 0; k < so.n; k++) CHECK(y->shape.dim[k] == so.dim[k]);
+  for (size_t i = 0; i < y->size; i++)
+    if (y->data[i] != (m->data[source(i, so, sm)] != 0 ? a->data[source(i, so, sa)]
+                                                       : b->data[source(i, so, sb)]))
+      bad++;
+  CHECK(bad == 0);
+  exf_rewind(ctx);
+}
+static void where_values_in(exf_ctx *ctx) {
+  exf_shape s = exf_shape3(20, 30, 40), one = exf_shape0();
+  exf_tensor *x, *y, *z;
+  where_case(ctx, s, s, s, s);
+  where_case(ctx, exf_shape2(30, 1), exf_shape1(40), exf_shape3(20, 1, 1), s);
+  where_case(ctx, one, s, one, s);
+  where_case(ctx, s, one, one, s);
+  where_case(ctx, exf_shape2(600, 700), exf_shape2(600, 700), exf_shape1(700),
+             exf_shape2(600, 700));
+  /* a masked fill, with a gradient for what stays alone */
+  x = exf_grad_keep(ctx, noise(ctx, exf_shape1(10), 1, 1));
+  y = exf_tensor_new(ctx, exf_shape1(10), NULL);
+  for (size_t i = 0; i < 10; i++) y->data[i] = (exf_real)(i % 3 == 0);
+  z = exf_where(ctx, exf_grad_keep(ctx, y), exf_full(ctx, one, -9), x);
+  CHECK(exf_backward(ctx, exf_sum(ctx, z, EXF_ALL_AXES, 0)) == EXF_OK);
+  CHECK(y->grad == NULL);
+  for (size_t i = 0; i < 10; i++) {
+    CHECK(z->data[i] == (i % 3 == 0 ? (exf_real)-9 : x->data[i]));
+    CHECK(x->grad[i] == (exf_real)(i % 3 != 0));
+  }
+  exf_rewind(ctx);
+  x = noise(ctx, exf_shape1(3), 1, 1);
+  CHECK(exf_where(ctx, x, noise(ctx, exf_shape2(2, 3), 1, 1),
+                  noise(ctx, exf_shape2(3, 3), 1, 1)) == NULL);
+  CHECK_ERR(ctx, EXF_SHAPE, "where: (2,3) and (3,3): axes must be equal or 1");
+  CHECK(exf_where(ctx, x, x, NULL) == NULL);
+  CHECK_ERR(ctx, EXF_ARG, "where: input 2 is NULL");
+}
+TEST(where_values) { on_each_isa(where_values_in); }
 
 static void activation_values_in(exf_ctx *ctx) {
   exf_tensor *x = noise(ctx, exf_shape1(1003), 1, 2), *y[8];
@@ -1016,6 +1386,125 @@ static void activation_values_in(exf_ctx *ctx) {
   exf_rewind(ctx);
 }
 TEST(activation_values) { on_each_isa(activation_values_in); }
+
+/* Of one thread or more, and of what is no number. */
+static void plain_values_in(exf_ctx *ctx) {
+  exf_tensor *x = noise(ctx, exf_shape2(300, 701), 1, 2), *y[4];
+  static const exf_real odd[] = {(exf_real)NAN, (exf_real)INFINITY, (exf_real)-INFINITY,
+                                 (exf_real)-0.0, 0, -1, 2, 3};
+  size_t bad = 0;
+  memcpy(x->data, odd, sizeof odd);
+  y[0] = exf_abs(ctx, exf_grad_keep(ctx, x));
+  y[1] = exf_clamp(ctx, x, -1, 2);
+  y[2] = exf_sigmoid(ctx, x);
+  y[3] = exf_clamp(ctx, x, 0.5, 0.5);
+  for (int f = 0; f < 4; f++) if (!CHECK(y[f] != NULL)) return;
+  for (size_t i = 1; i < x->size; i++) {
+    double v = (double)x->data[i];
+    if ((double)y[0]->data[i] != fabs(v)) bad++;
+    if ((double)y[1]->data[i] != (v < -1 ? -1 : v > 2 ? 2 : v)) bad++;
+    if (y[3]->data[i] != (exf_real)0.5) bad++;
+    if (!(fabs((double)y[2]->data[i] - 1 / (1 + exp(-v))) <= 2 * VALUE)) bad++;
+  }
+  CHECK(bad == 0);
+  for (int f = 0; f < 4; f++) CHECK(y[f]->data[0] != y[f]->data[0]);
+  CHECK(exf_backward(ctx, exf_sum(ctx, exf_slice(ctx, exf_add(ctx, y[0], y[1]), 1, 3, 8),
+                                  EXF_ALL_AXES, 0)) == EXF_OK);
+  /* slopes of |x|: 0 at both zeros; of clamp: 1 at the bounds */
+  CHECK(x->grad[3] == 1 && x->grad[4] == 1 && x->grad[5] == 0 && x->grad[6] == 2
+        && x->grad[7] == 1);
+  exf_rewind(ctx);
+  CHECK(exf_clamp(ctx, noise(ctx, exf_shape1(3), 1, 1), 1, 0) == NULL);
+  CHECK_ERR(ctx, EXF_ARG, "clamp: from 1 to 0");
+  CHECK(exf_clamp(ctx, noise(ctx, exf_shape1(3), 1, 1), NAN, 0) == NULL);
+  CHECK_ERR(ctx, EXF_ARG, "clamp");
+  CHECK(exf_clamp(ctx, noise(ctx, exf_shape1(3), 1, 1), 0, NAN) == NULL);
+  CHECK_ERR(ctx, EXF_ARG, "clamp");
+}
+TEST(abs_clamp_sigmoid_values) { on_each_isa(plain_values_in); }
+
+static void max_case(exf_ctx *ctx, exf_shape s, unsigned axes, int keep) {
+  exf_tensor *x = exf_grad_keep(ctx, noise(ctx, s, axes, 1)), *y, *w;
+  exf_shape kept = s;
+  size_t bad = 0, *at;
+  for (size_t i = 0; i < x->size; i++)     /* many are equal, some are no numbers */
+    x->data[i] = i % 31 == 7 ? (exf_real)NAN : (exf_real)floor(3 * (double)x->data[i]);
+  for (int k = 0; k < s.n; k++) if (axes & EXF_AXIS(k)) kept.dim[k] = 1;
+  y = exf_max(ctx, x, axes, keep);
+  if (!CHECK(y != NULL)) return;
+  at = (size_t *)malloc((y->size + 1) * sizeof *at);
+  for (size_t i = 0; i < y->size; i++) at[i] = (size_t)-1;
+  for (size_t i = 0; i < x->size; i++) {
+    size_t o = source(i, s, kept);
+    if (at[o] == (size_t)-1) at[o] = i;
+    else if (!isnan(x->data[at[o]])
+             && (isnan(x->data[i]) || x->data[i] > x->data[at[o]])) at[o] = i;
+  }
+  for (size_t i = 0; i < y->size; i++)
+    if (y->data[i] != x->data[at[i]] && !isnan(y->data[i] + x->data[at[i]])) bad++;
+  w = noise(ctx, y->shape, 3, 1);
+  y = exf_where(ctx, exf_sub(ctx, y, y), w, exf_mul(ctx, y, w));   /* NaN: none */
+  CHECK(exf_backward(ctx, exf_sum(ctx, y, EXF_ALL_AXES, 0)) == EXF_OK);
+  for (size_t i = 0; i < x->size; i++) {
+    size_t o = source(i, s, kept);
+    exf_real want = at[o] == i && !isnan(x->data[i]) ? w->data[o] : 0;
+    if (x->grad[i] != want && !isnan(x->grad[i])) bad++;
+  }
+  CHECK(bad == 0);
+  free(at);
+  exf_rewind(ctx);
+}
+static void max_values_in(exf_ctx *ctx) {
+  static const exf_real rows[] = {1, 3, 3, (exf_real)NAN, 9, (exf_real)NAN,
+                                  (exf_real)-INFINITY, (exf_real)-INFINITY,
+                                  (exf_real)-INFINITY, 0, (exf_real)-0.0, 0};
+  exf_tensor *x;
+  const int32_t *at;
+  for (unsigned axes = 0; axes < 8; axes++) {
+    max_case(ctx, exf_shape3(4, 5, 6), axes, axes & 1);
+    max_case(ctx, exf_shape3(1, 300, 2), axes, 0);
+  }
+  max_case(ctx, exf_shape0(), 0, 0);
+  max_case(ctx, exf_shape2(0, 3), EXF_AXIS(1), 0);
+  CHECK(exf_max(ctx, exf_tensor_new(ctx, exf_shape2(0, 3), NULL), EXF_AXIS(0), 0)
+        == NULL);
+  CHECK_ERR(ctx, EXF_SHAPE, "max: (0,3): an empty axis has no maximum");
+  CHECK(exf_max(ctx, exf_tensor_new(ctx, exf_shape2(2, 3), NULL), EXF_AXIS(2), 0)
+        == NULL);
+  CHECK_ERR(ctx, EXF_SHAPE, "max: (2,3): an axis that does not exist");
+  x = exf_tensor_new(ctx, exf_shape3(2, 2, 3), rows);
+  at = exf_argmax(ctx, x);
+  if (CHECK(at != NULL)) CHECK(at[0] == 1 && at[1] == 0 && at[2] == 0 && at[3] == 0);
+  CHECK(exf_argmax(ctx, exf_tensor_new(ctx, exf_shape0(), NULL)) == NULL);
+  CHECK_ERR(ctx, EXF_SHAPE, "argmax: ()");
+  CHECK(exf_argmax(ctx, exf_tensor_new(ctx, exf_shape2(3, 0), NULL)) == NULL);
+  CHECK_ERR(ctx, EXF_SHAPE, "argmax: (3,0)");
+  CHECK(exf_argmax(ctx, NULL) == NULL);
+  exf_rewind(ctx);
+}
+TEST(max_and_argmax_values) { on_each_isa(max_values_in); }
+
+static void gather_values_in(exf_ctx *ctx) {
+  static const int32_t ids[5] = {2, 0, 2, 2, 1}, bad[2] = {1, 4}, less[1] = {-1};
+  exf_tensor *x = noise(ctx, exf_shape3(4, 3, 5), 1, 1), *y;
+  y = exf_gather(ctx, x, ids, 5);
+  if (!CHECK(y && y->shape.n == 3 && y->size == 75 && y->shape.dim[0] == 5)) return;
+  for (size_t i = 0; i < 5; i++)
+    for (size_t j = 0; j < 15; j++)
+      CHECK(y->data[i * 15 + j] == x->data[(size_t)ids[i] * 15 + j]);
+  y = exf_gather(ctx, noise(ctx, exf_shape1(3), 2, 1), ids, 0);
+  CHECK(y && y->size == 0 && y->shape.n == 1);
+  CHECK(exf_gather(ctx, x, bad, 2) == NULL);
+  CHECK_ERR(ctx, EXF_ARG, "gather: integer 4 at index 1 is outside 0..3");
+  CHECK(exf_gather(ctx, x, less, 1) == NULL);
+  CHECK_ERR(ctx, EXF_ARG, "gather: integer -1 at index 0 is outside 0..3");
+  CHECK(exf_gather(ctx, x, NULL, 1) == NULL);
+  CHECK_ERR(ctx, EXF_ARG, "gather: the integers are NULL");
+  CHECK(exf_gather(ctx, exf_ones(ctx, exf_shape0()), ids, 1) == NULL);
+  CHECK_ERR(ctx, EXF_SHAPE, "gather: ()");
+  exf_rewind(ctx);
+}
+TEST(gather_values) { on_each_isa(gather_values_in); }
 
 static void layout_values_in(exf_ctx *ctx) {
   static const int axes[3] = {2, 0, 1};
@@ -1161,8 +1650,18 @@ int main(void) {
   RUN(norm_values);
   RUN(cross_entropy_values);
   RUN(attention_values);
+  RUN(attention_with_a_cache_equals_the_whole);
+  RUN(caches_refuse_what_does_not_fit);
+  RUN(samples_are_those_of_plain_loops);
+  RUN(samples_follow_the_distribution);
+  RUN(samples_of_nonsense_are_refused);
   RUN(broadcasting_is_numpys);
+  RUN(broadcast_gradients);
+  RUN(where_values);
   RUN(activation_values);
+  RUN(abs_clamp_sigmoid_values);
+  RUN(max_and_argmax_values);
+  RUN(gather_values);
   RUN(layout_and_reduction_values);
   RUN(fuse_values);
   RUN(dropout_values);

@@ -99,24 +99,23 @@ static void adamw_by_hand(toy *t, int step, double lr, const double *wd,
 
 static const double one_each[2] = {1, 1};
 
-static void check_adamw(double b1, double b2, double eps, double wd) {
+/* desc may be NULL. */
+static void check_adamw(const exf_optim_desc *desc) {
   exf_optim_desc o;
-  exf_optim *optim;
   toy t = toy_new();
-  double decay[2];
+  exf_optim *optim = exf_optim_new(t.model, desc);
+  double decay[2] = {0, 0}, b1, b2, eps;
   int s;
   memset(&o, 0, sizeof o);
-  o.beta1 = b1;
-  o.beta2 = b2;
-  o.eps = eps;
-  o.weight_decay = wd;
-  optim = exf_optim_new(t.model, &o);
-  decay[0] = wd;
-  decay[1] = 0;
+  if (desc) o = *desc;
+  b1 = o.beta1;
+  b2 = o.beta2;
+  eps = o.eps;
+  decay[0] = o.weight_decay;
   if (b1 == 0) b1 = 0.9;
   if (b2 == 0) b2 = 0.999;
-  if (b1 < 0) b1 = 0;
-  if (b2 < 0) b2 = 0;
+  if (b1 == EXF_ZERO) b1 = 0;
+  if (b2 == EXF_ZERO) b2 = 0;
   if (eps == 0) eps = 1e-8;
   for (s = 1; s <= 25; s++) {
     double norm = -1, lr = 0.01 + 0.001 * s;
@@ -131,10 +130,20 @@ static void check_adamw(double b1, double b2, double eps, double wd) {
   toy_free(&t);
 }
 TEST(adamw_by_formula) {
-  check_adamw(0, 0, 0, 0);
-  check_adamw(0.9, 0.99, 0, 0.1);
-  check_adamw(0.5, 0.95, 1e-3, 0.5);
-  check_adamw(-1, 0.9, 0, 0.1);
+  static const double betas[][4] = {   /* beta1, beta2, eps, decay */
+    {0, 0, 0, 0}, {0.9, 0.99, 0, 0.1}, {0.5, 0.95, 1e-3, 0.5}, {EXF_ZERO, 0.9, 0, 0.1},
+    {EXF_ZERO, EXF_ZERO, 1e-2, 0}};
+  exf_optim_desc o;
+  size_t i;
+  check_adamw(NULL);
+  for (i = 0; i < sizeof betas / sizeof *betas; i++) {
+    memset(&o, 0, sizeof o);
+    o.beta1 = betas[i][0];
+    o.beta2 = betas[i][1];
+    o.eps = betas[i][2];
+    o.weight_decay = betas[i][3];
+    check_adamw(&o);
+  }
 }
 
 static void check_sgd(double momentum, int nesterov, double wd) {
@@ -172,7 +181,7 @@ TEST(sgd_by_formula) {
 
 static int select_bias(const exf_param *p, void *user) {
   (*(int *)user)++;
-  return strstr(exf_param_name(p), ".bias") != NULL;
+  return strstr(p->name, ".bias") != NULL;
 }
 static int select_all(const exf_param *p, void *user) {
   (void)user;
@@ -251,8 +260,8 @@ TEST(fused_norm_and_expert_norm) {
     exf_rewind(ctx);
     for (i = 0; i < exf_model_n_params(g.model); i++) {
       const exf_param *p = exf_model_param(g.model, i);
-      const exf_tensor *t = exf_param_tensor(exf_model_param(g.model, i));
-      int is_expert = strstr(exf_param_name(p), ".experts.") != NULL;
+      const exf_tensor *t = &p->tensor;
+      int is_expert = strstr(p->name, ".experts.") != NULL;
       size_t n = is_expert ? t->size / 3 : t->size;
       if (!CHECK(t->grad != NULL)) continue;
       n_experts += is_expert ? 1 : 0;
@@ -367,6 +376,11 @@ TEST(schedules_by_formula) {
 
 /* ---- models ---------------------------------------------------------------------- */
 
+static exf_tensor *tensor_of(const exf_model *model, const char *name) {
+  exf_param *p = exf_model_find(model, name);
+  return p ? &p->tensor : NULL;
+}
+
 TEST(average_of_the_fused_parameters) {
   exf_ctx *ctx = exf_ctx_new(NULL);
   tiny_desc d = tiny_defaults(), plain;
@@ -385,9 +399,8 @@ TEST(average_of_the_fused_parameters) {
   plain.fusion = tiny_variant(0, 0);
   dense = tiny_new(ctx, &plain);
   optim = tiny_adamw(g.model);
-  e = exf_param_tensor(exf_model_find(g.model,
-                                      "transformer.h.1.mlp.experts.c_fc.weight"));
-  a = exf_param_tensor(exf_model_find(g.model, "transformer.h.1.mlp.fusion.weight"));
+  e = tensor_of(g.model, "transformer.h.1.mlp.experts.c_fc.weight");
+  a = tensor_of(g.model, "transformer.h.1.mlp.fusion.weight");
   w = g.wte;
   if (!CHECK(e != NULL && a != NULL && e->size == 3 * n && w->size == 11 * 16)) return;
   ema = exf_ema_new(g.model, 0.8);
@@ -405,7 +418,7 @@ TEST(average_of_the_fused_parameters) {
       wte[j] = s < 0 ? (double)w->data[j] : 0.8 * wte[j] + 0.2 * (double)w->data[j];
   }
   CHECK(exf_ema_copy_to(ema, dense.model) == EXF_OK);
-  out = exf_param_tensor(exf_model_find(dense.model, "transformer.h.1.mlp.c_fc.weight"));
+  out = tensor_of(dense.model, "transformer.h.1.mlp.c_fc.weight");
   out_w = dense.wte;
   if (!CHECK(out != NULL && out->size == n)) return;
   for (j = 0; j < n; j++) CHECK_NEAR(out->data[j], want[j], NEAR);
@@ -487,6 +500,66 @@ TEST(optimizers_that_do_not_fit_are_refused) {
   exf_ctx_free(ctx);
 }
 
+/* EXF_ZERO is the only number below zero that means something, and only for betas. */
+TEST(numbers_below_zero_are_refused) {
+  const double bad[] = {-0.5, -2, -1e-9, (double)NAN, 1};
+  toy t = toy_new();
+  exf_optim_desc o;
+  size_t i, k;
+  for (i = 0; i < sizeof bad / sizeof *bad; i++)
+    for (k = 0; k < 2; k++) {
+      memset(&o, 0, sizeof o);
+      if (k) o.beta2 = bad[i];
+      else o.beta1 = bad[i];
+      CHECK(exf_optim_new(t.model, &o) == NULL);
+      CHECK_ERR(t.ctx, EXF_ARG, k ? "beta2" : "beta1");
+    }
+  for (k = 0; k < 4; k++) {
+    memset(&o, 0, sizeof o);
+    *(k == 0 ? &o.eps : k == 1 ? &o.momentum : k == 2 ? &o.weight_decay : &o.clip) =
+        EXF_ZERO;
+    CHECK(exf_optim_new(t.model, &o) == NULL);
+    CHECK_ERR(t.ctx, EXF_ARG, "weight decay");
+  }
+  toy_free(&t);
+}
+
+/* What was there when the optimizer was made goes on, wherever it stands now; what is
+   newer is refused as soon as it has a gradient, and merging does not bring it back. */
+TEST(parameters_are_known_by_identity) {
+  exf_ctx *ctx = exf_ctx_new(NULL);
+  exf_model *m = exf_model_new(ctx);
+  exf_ffn_desc d;
+  exf_fusion_desc dw = tiny_variant(2, 2);
+  exf_param_desc pd;
+  exf_optim *optim;
+  exf_ffn *f;
+  exf_tensor *last;
+  memset(&d, 0, sizeof d);
+  memset(&pd, 0, sizeof pd);
+  d.width = 2;
+  pd.shape = exf_shape1(1);
+  pd.init_value = 1;
+  f = exf_ffn_new(m, "mlp", &d);
+  last = exf_param_new(m, "last", &pd);
+  optim = exf_optim_new(m, NULL);
+  CHECK(exf_ffn_upcycle(f, &dw) == EXF_OK);    /* "last" moves by one place */
+  CHECK(exf_optim_group(optim, select_all, NULL, 0.5, 0) == EXF_OK);
+  exf_backward(ctx, exf_sum(ctx, last, EXF_ALL_AXES, 0));
+  CHECK(exf_optim_step(optim, 0.1, NULL) == EXF_OK && exf_optim_steps(optim) == 1);
+  CHECK_NEAR(last->data[0], 0.95, 1e-6);       /* the group's half rate */
+  CHECK(exf_ffn_merge(f) == EXF_OK);
+  exf_backward(ctx, exf_sum(ctx, exf_ffn_forward(ctx, f, exf_tensor_new(ctx,
+               exf_shape2(1, 2), NULL)), EXF_ALL_AXES, 0));
+  CHECK(exf_optim_step(optim, 0.1, NULL) == EXF_STATE);
+  CHECK_ERR(ctx, EXF_STATE, "'mlp.c_fc.weight' is newer than the optimizer");
+  CHECK_NEAR(last->data[0], 0.95, 1e-6);
+  exf_optim_free(optim);
+  CHECK_OK(ctx);
+  exf_model_free(m);
+  exf_ctx_free(ctx);
+}
+
 /* Two halves with half the loss each give the gradient of the whole batch. */
 TEST(accumulation_equals_the_big_batch) {
   int v;
@@ -527,8 +600,8 @@ TEST(accumulation_equals_the_big_batch) {
       CHECK_NEAR(n1, n2, 10 * NEAR * n1);
     }
     for (i = 0; i < exf_model_n_params(g.model); i++) {
-      exf_tensor *x = exf_param_tensor(exf_model_param(g.model, i));
-      exf_tensor *y = exf_param_tensor(exf_model_param(h.model, i));
+      exf_tensor *x = &exf_model_param(g.model, i)->tensor;
+      exf_tensor *y = &exf_model_param(h.model, i)->tensor;
       CHECK(max_diff(x->data, y->data, x->size) < NEAR);
     }
     CHECK_OK(ctx);
@@ -569,5 +642,7 @@ int main(void) {
   RUN(accumulation_equals_the_big_batch);
   RUN(parameters_without_gradient_stay);
   RUN(optimizers_that_do_not_fit_are_refused);
+  RUN(numbers_below_zero_are_refused);
+  RUN(parameters_are_known_by_identity);
   TEST_MAIN_END;
 }

@@ -232,7 +232,7 @@ static int restart(recording *r, save_function save) {
     exf_st *st = exf_st_open(r->ctx, r->path, NULL);
     good = st != NULL && exf_st_count(st) > 0;
     if (good && save == save_checkpoint)
-      good = exf_checkpoint_load(r->g.model, r->optim, st) == EXF_OK;
+      good = exf_checkpoint_load(r->g.model, r->optim, r->path) == EXF_OK;
     exf_st_close(st);
   }
   good = good && save(r, 1) && disk_n_files(&r->d) == 1 && r->d.n_open == 0;

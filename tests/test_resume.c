@@ -43,11 +43,7 @@ typedef struct trained {
 } trained;
 
 static void trained_new(trained *t, const tiny_desc *d, int threads) {
-  exf_desc desc;
-  memset(&desc, 0, sizeof desc);
-  desc.seed = 5;
-  desc.n_threads = threads;
-  t->ctx = exf_ctx_new(&desc);
+  t->ctx = exf_ctx_new(&(exf_desc){.seed = 5, .n_threads = threads});
   t->g = tiny_new(t->ctx, d);
   t->optim = tiny_adamw(t->g.model);
 }
@@ -74,19 +70,15 @@ static void check_library(const tiny_desc *d, uint64_t steps, uint64_t every) {
   trained whole, first, second;
   size_t n, m;
   char *want, *got;
-  uint64_t k;
   trained_new(&whole, d, 1);
   trained_run(&whole, 0, steps);
   want = trained_bytes(&whole, &n);
   trained_new(&first, d, 1);
   trained_run(&first, 0, 1);
-  for (k = 1; k < steps; k += every) {
-    exf_st *st;
+  for (uint64_t k = 1; k < steps; k += every) {
     CHECK(exf_checkpoint_save(first.g.model, first.optim, CHECKPOINT, NULL, 0) == EXF_OK);
     trained_new(&second, d, 1 + (int)(k % 3));
-    st = exf_st_open(second.ctx, CHECKPOINT, NULL);
-    CHECK(exf_checkpoint_load(second.g.model, second.optim, st) == EXF_OK);
-    exf_st_close(st);
+    CHECK(exf_checkpoint_load(second.g.model, second.optim, CHECKPOINT) == EXF_OK);
     trained_run(&second, k, steps);
     got = trained_bytes(&second, &m);
     CHECK(n == m && memcmp(want, got, n) == 0);
@@ -104,14 +96,13 @@ static void check_library(const tiny_desc *d, uint64_t steps, uint64_t every) {
 
 TEST(the_library_resumes_after_every_step) {
   tiny_desc d = tiny_defaults();
-  int v;
   d.layers = 1;
   d.width = 8;
   d.hidden = 12;
   d.block = 6;
   d.bias = 1;
   d.dropout = 0.1;
-  for (v = 0; v < TINY_N_VARIANTS; v++) {
+  for (int v = 0; v < TINY_N_VARIANTS; v++) {
     d.fusion = tiny_variant(v, 3);
     check_library(&d, STEPS, v == 4 || v == 6 ? 1 : 7);
   }
@@ -130,15 +121,15 @@ TEST(threads_change_no_bit_of_a_resumed_run) {
 
 /* ---- by the program --------------------------------------------------------------- */
 
-static int run_charlm(uint64_t stop, const char *out, const char *const *flags, int n) {
+static int run_charlm(uint64_t stop, const char *out, const char *const *words, int n) {
   char *argv[48];
-  int i, argc = 0;
+  int argc = 0;
   argv[argc++] = (char *)"charlm";
   argv[argc++] = (char *)"train";
   argv[argc++] = (char *)"--quiet";
   argv[argc++] = (char *)"--out";
   argv[argc++] = (char *)out;
-  for (i = 0; i < n; i++) argv[argc++] = (char *)flags[i];
+  for (int i = 0; i < n; i++) argv[argc++] = (char *)words[i];
   argv[argc] = NULL;
   stop_after = stop;
   stop_signal = 0;
@@ -146,37 +137,33 @@ static int run_charlm(uint64_t stop, const char *out, const char *const *flags, 
 }
 
 static size_t run_rows(const char *folder) {
-  char *path = path_in(folder, "log.csv"), *log, *p;
   size_t n, rows = 0;
-  log = (char *)read_file(path, &n);
-  for (p = log; p < log + n; p++) rows += *p == '\n';
+  char *log = (char *)read_file(path_in(folder, "log.csv"), &n);
+  for (char *p = log; p < log + n; p++) rows += *p == '\n';
   free(log);
-  free(path);
   return rows - 1;
 }
 
 /* The file of a run; of log.csv the columns that do not depend on the clock. */
 static char *run_file(const char *folder, const char *name, size_t *n) {
-  char *path = path_in(folder, name), *data = (char *)read_file(path, n);
+  char *data = (char *)read_file(path_in(folder, name), n);
   if (strcmp(name, "log.csv") == 0) {
-    size_t i, kept = 0;
+    size_t kept = 0;
     int column = 0;
-    for (i = 0; i < *n; i++) {
+    for (size_t i = 0; i < *n; i++) {
       if (data[i] == ',') column++;
       if (data[i] == '\n') column = 0;
       if (column < 5) data[kept++] = data[i];
     }
     *n = kept;
   }
-  free(path);
   return data;
 }
 
 static void check_same_run(const char *one, const char *two) {
   static const char *const names[] = {"model.safetensors", "checkpoint.safetensors",
                                       "log.csv", "weights.csv"};
-  int i;
-  for (i = 0; i < 4; i++) {
+  for (int i = 0; i < 4; i++) {
     size_t n, m;
     char *a = run_file(one, names[i], &n), *b = run_file(two, names[i], &m);
     if (!CHECK(n > 0 && n == m && memcmp(a, b, n) == 0))
@@ -192,14 +179,13 @@ static void check_same_run(const char *one, const char *two) {
   "0.01", "--experts", "3", "--threads", "1"
 
 /* Stopped after every number of steps, then resumed to the end. */
-static void check_charlm(const char *const *flags, int n) {
+static void check_charlm(const char *const *words, int n) {
   static const char *const more[3][3] = {{"--resume", "--threads", "1"},
                                          {"--resume", "--threads", "2"},
                                          {"--resume", "--threads", "3"}};
-  uint64_t k;
-  CHECK(run_charlm(0, FOLDER "/whole", flags, n) == 0);
-  for (k = 1; k < STEPS; k++) {
-    CHECK(run_charlm(k, FOLDER "/parts", flags, n) == 128 + SIGINT);
+  CHECK(run_charlm(0, FOLDER "/whole", words, n) == 0);
+  for (uint64_t k = 1; k < STEPS; k++) {
+    CHECK(run_charlm(k, FOLDER "/parts", words, n) == 128 + SIGINT);
     CHECK(run_rows(FOLDER "/parts") == k);
     CHECK(run_charlm(0, FOLDER "/parts", more[k % 3], 3) == 0);
     check_same_run(FOLDER "/whole", FOLDER "/parts");
@@ -220,11 +206,10 @@ TEST(charlm_resumes_in_the_middle_of_an_epoch) {
 }
 
 int main(void) {
-  text words = {NULL, 0, 0};
+  text words = {0};
   exf_ctx *ctx = exf_ctx_new(NULL);
-  int i;
   directory_make(FOLDER);
-  for (i = 0; i < 25; i++) text_add(&words, "%d is %s.\n", i, i % 2 ? "odd" : "even");
+  for (int i = 0; i < 25; i++) text_add(&words, "%d is %s.\n", i, i % 2 ? "odd" : "even");
   exf_file_save(ctx, FOLDER "/text", words.s, words.n);
   text_free(&words);
   exf_ctx_free(ctx);

@@ -1411,22 +1411,20 @@ TEST(long_paths_are_shortened_in_messages) {
 /* The room for axes is proved from the length of the text; were it not, this would be
    the end, and not a write past it. */
 TEST(axes_never_leave_their_room) {
-  const uint64_t dim[2] = {2, 3}, span[2] = {0, 6};
+  exf__st_members members = {7, NULL, {2, 3}, {0, 6}};
   exf_st st;
-  exf__st_in in;
-  exf__st_rec r;
+  exf__st_tensor t;
   size_t room[2] = {77, 77};
   memset(&st, 0, sizeof st);
-  memset(&in, 0, sizeof in);
-  memset(&r, 0, sizeof r);
-  in.ctx = ctx;
-  in.st = &st;
+  memset(&t, 0, sizeof t);
+  st.ctx = ctx;
   st.dim = room;
   st.dim_room = 1;
-  r.entry.name = "a";
-  r.entry.dtype = "U8";
-  r.entry.n_dims = 2;
-  CHECK(!exf__st_extent(&in, &r, 8, dim, span));
+  t.entry.name = st.name = "a";
+  t.entry.n_dims = 2;
+  members.type = exf__st_type_of("U8");
+  exf__st_extent(&st, &t, &members);
+  CHECK(st.broken);
   CHECK_ERR(ctx, EXF_LIMIT, "rule V18: tensor 'a': too many axes in all");
   CHECK(room[0] == 2 && room[1] == 77);
 }
@@ -1436,7 +1434,7 @@ TEST(axes_never_leave_their_room) {
 /* A model of w (2), also called v, takes nothing but that, and nothing by half. */
 TEST(models_take_only_what_fits) {
   static const char *const files[][2] = {
-    {"{}", "'w' is missing"},
+    {"{}", "memory: tensor 'w' is missing"},
     {"{" F32("w", "[1,2]", "[0,8]") "}", "'w' is (1,2) in the file and (2) in the model"},
     {"{" F32("w", "[3]", "[0,12]") "}", "'w' is (3) in the file"},
     {"{" U8("w", "[2]", "[0,2]") "}", "'w' is of type U8; needs F32"},
@@ -1467,20 +1465,20 @@ TEST(models_take_only_what_fits) {
   for (i = 0; i < sizeof files / sizeof files[0]; i++) {
     size_t trailing;
     st = open_json(files[i][0], 16, &trailing);
-    CHECK(st != NULL && exf_model_load(model, st) == EXF_MISMATCH);
+    CHECK(st != NULL && exf_model_load_st(model, st) == EXF_MISMATCH);
     CHECK_ERR(ctx, EXF_MISMATCH, files[i][1]);
     CHECK(w->data[0] == 7 && w->data[1] == 7);
     exf_st_close(st);
   }
   st = open_json("{" F32("w", "[2]", "[0,8]") "}", 8, NULL);
-  CHECK(exf_model_load(model, st) == EXF_OK);
+  CHECK(exf_model_load_st(model, st) == EXF_OK);
   CHECK(exf_st_read(ctx, exf_st_find(st, "w"), x, 2) == EXF_OK);
   CHECK(memcmp(x, w->data, sizeof x) == 0 && x[0] != x[1] && x[0] != 7);
   for (i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
     size_t trailing;
     exf_st *other = open_json(numbers[i], 16, &trailing);
     w->data[0] = w->data[1] = 7;
-    CHECK(exf_model_load(model, other) == EXF_OK);
+    CHECK(exf_model_load_st(model, other) == EXF_OK);
     CHECK_OK(ctx);
     exf_error_clear(ctx);
     CHECK(w->data[0] != 7 && w->data[1] != 7);
@@ -1489,8 +1487,8 @@ TEST(models_take_only_what_fits) {
   f.width = 2;
   f.fusion.variant = EXF_SW;
   CHECK(exf_ffn_new(model, "ffn", &f) != NULL);
-  CHECK(exf_model_load(model, st) == EXF_STATE);
-  CHECK_ERR(ctx, EXF_STATE, "belongs to experts: load into a dense model");
+  CHECK(exf_model_load_st(model, st) == EXF_STATE);
+  CHECK_ERR(ctx, EXF_STATE, "memory: 'ffn.experts.c_fc.weight' belongs to experts: load");
   exf_st_close(st);
   exf_model_free(model);
 }
@@ -1512,15 +1510,15 @@ TEST(checkpoints_count_their_updates) {
   o.kind = EXF_SGD;
   exf_param_new(model, "w", &d);
   optim = exf_optim_new(model, &o);
-  CHECK(exf_checkpoint_load(model, NULL, st) == EXF_OK);
-  CHECK(exf_checkpoint_load(model, optim, st) == EXF_MISMATCH);
+  CHECK(exf_checkpoint_load_st(model, NULL, st) == EXF_OK);
+  CHECK(exf_checkpoint_load_st(model, optim, st) == EXF_MISMATCH);
   CHECK_ERR(ctx, EXF_MISMATCH, "no update count");
   exf_st_close(st);
   for (i = 0; i < 9; i++) {
     snprintf(json, sizeof json, "{\"__metadata__\":{\"exf.updates\":\"%s\"},%s}",
              counts[i], F32("w", "[2]", "[0,8]"));
     st = open_json(json, 8, NULL);
-    CHECK((exf_checkpoint_load(model, optim, st) == EXF_OK) == (i >= 7));
+    CHECK((exf_checkpoint_load_st(model, optim, st) == EXF_OK) == (i >= 7));
     if (i < 7) CHECK_ERR(ctx, EXF_MISMATCH, "no update count (exf.updates)");
     CHECK_OK(ctx);
     CHECK(exf_optim_steps(optim) == (i < 8 ? 0 : UINT64_MAX - 6));
@@ -1528,6 +1526,143 @@ TEST(checkpoints_count_their_updates) {
   }
   exf_optim_free(optim);
   exf_model_free(model);
+}
+
+/* Loading by path is loading an open file, and its errors begin with the path. */
+TEST(models_are_loaded_by_path) {
+  fs f;
+  exf_ctx *c = fs_ctx(&f);
+  exf_model *model = exf_model_new(c), *other = exf_model_new(c);
+  exf_param_desc d;
+  exf_optim *optim;
+  exf_tensor *w, *v;
+  memset(&d, 0, sizeof d);
+  d.shape = exf_shape1(2);
+  d.init_std = 1;
+  w = exf_param_new(model, "w", &d);
+  optim = exf_optim_new(model, NULL);
+  d.shape = exf_shape1(3);
+  v = exf_param_new(other, "w", &d);
+  CHECK(exf_model_save(model, "m", NULL, 0) == EXF_OK);
+  CHECK(exf_checkpoint_save(model, optim, "c", NULL, 0) == EXF_OK);
+  w->data[0] = w->data[1] = 7;
+  CHECK(exf_model_load(model, "m") == EXF_OK);
+  CHECK(w->data[0] != 7 && w->data[1] != 7 && w->data[0] != w->data[1]);
+  w->data[0] = w->data[1] = 7;
+  CHECK(exf_checkpoint_load(model, optim, "c") == EXF_OK);
+  CHECK(w->data[0] != 7 && w->data[1] != 7 && w->data[0] != w->data[1]);
+  CHECK_OK(c);
+  CHECK(f.n_open == 0);
+  v->data[0] = 7;
+  CHECK(exf_model_load(other, "m") == EXF_MISMATCH);
+  CHECK_ERR(c, EXF_MISMATCH, "m: tensor 'w' is (2) in the file and (3) in the model");
+  CHECK(exf_checkpoint_load(other, NULL, "c") == EXF_MISMATCH);
+  CHECK_ERR(c, EXF_MISMATCH, "c: tensor 'w' is (2) in the file and (3) in the model");
+  CHECK(exf_model_load(model, "c") == EXF_MISMATCH);
+  CHECK_ERR(c, EXF_MISMATCH, "c: the file holds 'adamw.m.w', which the model does not");
+  CHECK(exf_checkpoint_load(model, optim, "m") == EXF_MISMATCH);
+  CHECK_ERR(c, EXF_MISMATCH, "m: the file has no update count (exf.updates)");
+  CHECK(v->data[0] == 7 && f.n_open == 0);
+  CHECK(exf_model_load(model, "none") == EXF_IO);
+  CHECK_ERR(c, EXF_IO, "none: cannot open: ");
+  CHECK(exf_checkpoint_load(model, optim, "none") == EXF_IO);
+  CHECK_ERR(c, EXF_IO, "none: cannot open: ");
+  CHECK(exf_model_load(model, NULL) == EXF_ARG);
+  CHECK_ERR(c, EXF_ARG, "a file path is NULL");
+  CHECK(exf_checkpoint_load(model, optim, "") == EXF_ARG);
+  CHECK_ERR(c, EXF_ARG, "a file path is NULL or empty");
+  CHECK(exf_model_load(NULL, "m") == EXF_ARG);
+  CHECK(exf_model_load_st(model, NULL) == EXF_ARG);
+  CHECK(exf_checkpoint_load(NULL, NULL, "c") == EXF_ARG);
+  CHECK(exf_checkpoint_load_st(model, optim, NULL) == EXF_ARG);
+  CHECK_OK(c);
+  f.calls = 0;
+  exf_fail(c, EXF_NUMERIC, "first");
+  CHECK(exf_model_load(model, "m") == EXF_NUMERIC);
+  CHECK(exf_checkpoint_load(model, optim, "c") == EXF_NUMERIC);
+  CHECK(f.calls == 0);
+  exf_optim_free(optim);
+  exf_model_free(model);
+  exf_model_free(other);
+  fs_free(&f);
+  exf_ctx_free(c);
+}
+
+static void init_scaled(exf_ctx *c, exf_ffn *ffn, const exf_fusion_desc *fusion) {
+  exf_param_desc d;
+  (void)c;
+  memset(&d, 0, sizeof d);
+  d.shape = exf_shape1(fusion->n_experts);
+  d.init_value = 0.25;
+  exf_ffn_param(ffn, "scale", &d);
+  d.buffer = 1;
+  exf_ffn_param(ffn, "seen", &d);
+}
+
+static exf_tensor *forward_scaled(exf_ctx *c, const exf_ffn *ffn, exf_tensor *x,
+                                  int training) {
+  (void)training;
+  (void)ffn;
+  return exf_scale(c, x, 2);
+}
+
+/* A rule's parameters and constants stand in checkpoints, its name in the metadata. What
+   cannot be merged goes into model files as it is, but for the constants. */
+TEST(rules_are_kept_in_files) {
+  exf_rule rule;
+  exf_ffn_desc d;
+  fs f;
+  exf_ctx *c = fs_ctx(&f);
+  int merges;
+  memset(&d, 0, sizeof d);
+  d.width = 2;
+  d.fusion.n_experts = 4;
+  for (merges = 0; merges < 2; merges++) {
+    exf_model *model = exf_model_new(c);
+    exf_ffn *ffn;
+    exf_tensor *scale, *seen;
+    exf_st *st;
+    memset(&rule, 0, sizeof rule);
+    rule.name = "scaled";
+    rule.init = init_scaled;
+    rule.forward = merges ? NULL : forward_scaled;
+    d.fusion.rule = &rule;
+    ffn = exf_ffn_new(model, "f", &d);
+    if (merges) exf_ffn_new(model, "g", &d);
+    CHECK_OK(c);
+    if (!CHECK(ffn != NULL)) return;
+    scale = exf_ffn_tensor(ffn, "scale");
+    seen = exf_ffn_tensor(ffn, "seen");
+    if (!CHECK(scale != NULL && seen != NULL)) return;
+    CHECK(exf_checkpoint_save(model, NULL, "c", NULL, 0) == EXF_OK);
+    CHECK(exf_model_save(model, "m", NULL, 0) == EXF_OK);
+    st = exf_st_open(c, "c", NULL);
+    CHECK_STR(exf_st_meta(st, "exf.fusion"), merges ? "2 x scaled 4" : "1 x scaled 4");
+    CHECK(exf_st_find(st, "f.scale") != NULL && exf_st_find(st, "f.seen") != NULL);
+    exf_st_close(st);
+    st = exf_st_open(c, "m", NULL);
+    CHECK((exf_st_find(st, "f.scale") != NULL) == !merges);
+    CHECK((exf_st_find(st, "f.experts.c_fc.weight") != NULL) == !merges);
+    CHECK((exf_st_find(st, "f.c_fc.weight") != NULL) == merges);
+    CHECK(exf_st_find(st, "f.seen") == NULL);
+    exf_st_close(st);
+    scale->data[3] = seen->data[3] = 7;
+    CHECK(exf_checkpoint_load(model, NULL, "c") == EXF_OK);
+    CHECK(scale->data[3] == EXF__R(0.25) && seen->data[3] == EXF__R(0.25));
+    scale->data[3] = seen->data[3] = 7;
+    CHECK(exf_model_load(model, "m") == (merges ? EXF_STATE : EXF_OK));
+    if (merges) CHECK_ERR(c, EXF_STATE, "m: 'f.experts.c_fc.weight' belongs to experts");
+    CHECK(scale->data[3] == (merges ? EXF__R(7) : EXF__R(0.25)) && seen->data[3] == 7);
+    rule.name = "other";
+    CHECK(exf_checkpoint_load(model, NULL, "c") == EXF_MISMATCH);
+    CHECK_ERR(c, EXF_MISMATCH, merges ? "c: the checkpoint's FFNs are '2 x scaled 4', the"
+                                        " model's '2 x other 4'"
+                                      : "the model's '1 x other 4'");
+    exf_model_free(model);
+    exf_rewind(c);
+  }
+  fs_free(&f);
+  exf_ctx_free(c);
 }
 
 static int write_golden(const char *path) {
@@ -1591,6 +1726,8 @@ int main(int argc, char **argv) {
   RUN(axes_never_leave_their_room);
   RUN(models_take_only_what_fits);
   RUN(checkpoints_count_their_updates);
+  RUN(models_are_loaded_by_path);
+  RUN(rules_are_kept_in_files);
   exf_ctx_free(ctx);
   TEST_MAIN_END;
 }

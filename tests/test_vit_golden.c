@@ -1,6 +1,6 @@
-/* tests/test_vit_golden.c - the ViT of examples/vit.h beside PyTorch: logits, loss and every
-   gradient, from the numbers of tests/golden/make_golden_vit.py. What could be swapped by
-   mistake is swapped here on purpose, and must then not agree. */
+/* tests/test_vit_golden.c - the ViT of examples/vit.h beside PyTorch: logits, loss and
+   every gradient, from the numbers of tests/golden/make_golden_vit.py. What could be
+   swapped by mistake is swapped here on purpose, and must then not agree. */
 #define _POSIX_C_SOURCE 200809L
 #ifndef TEST_LINKED    /* the Makefile links the implementation in */
 #define EXFUSION_IMPLEMENTATION
@@ -36,11 +36,10 @@ static void numbers(golden *t, const char *name, exf_real *out, size_t n) {
 
 /* ||a - want|| / ||want||; want is the tensor of that name in the fixture. */
 static double distance(golden *t, const char *name, const exf_real *a, size_t n) {
-  exf_real *want = (exf_real *)memory(n, sizeof *want);
+  exf_real *want = memory(n, sizeof *want);
   double wrong = 0, square = 0;
-  size_t i;
   numbers(t, name, want, n);
-  for (i = 0; i < n; i++) {
+  for (size_t i = 0; i < n; i++) {
     double d = (double)a[i] - (double)want[i];
     wrong += d * d;
     square += (double)want[i] * (double)want[i];
@@ -56,33 +55,32 @@ static void load_fixture(golden *t, int banks) {
   exf_st_item items[64];
   exf_real *values[64];
   unsigned char *data = NULL;
-  size_t i, n = exf_model_n_params(t->g.model), all, bytes = 0;
-  exf_st *st;
-  all = n + (banks ? exf_model_n_ffns(t->g.model) : 0);
+  size_t n = exf_model_n_params(t->g.model), bytes = 0;
+  size_t all = n + (banks ? exf_model_n_ffns(t->g.model) : 0);
   if (!CHECK(all <= 64)) return;
-  for (i = 0; i < all; i++) {
+  for (size_t i = 0; i < all; i++) {
     size_t size = EXPERTS;
     items[i].shape = exf_shape1(EXPERTS);
     if (i < n) {
       exf_param *p = exf_model_param(t->g.model, i);
-      snprintf(names[i], sizeof names[i], "%s", exf_param_name(p));
-      items[i].shape = exf_param_tensor(p)->shape;
-      size = exf_param_tensor(p)->size;
+      snprintf(names[i], sizeof names[i], "%s", p->name);
+      items[i].shape = p->tensor.shape;
+      size = p->tensor.size;
     } else {
       snprintf(names[i], sizeof names[i], "%s.bank",
-               exf_ffn_name(exf_model_ffn(t->g.model, i - n)));
+               exf_model_ffn(t->g.model, i - n)->name);
     }
-    values[i] = (exf_real *)memory(size, sizeof(exf_real));
+    values[i] = memory(size, sizeof(exf_real));
     numbers(t, names[i], values[i], size);
     items[i].name = names[i];
     items[i].data = values[i];
   }
   exf_st_save_memory(t->ctx, items, all, NULL, 0, &data, &bytes);
-  st = exf_st_open_memory(t->ctx, data, bytes, NULL);
-  CHECK(exf_checkpoint_load(t->g.model, NULL, st) == EXF_OK);
+  exf_st *st = exf_st_open_memory(t->ctx, data, bytes, NULL);
+  CHECK(exf_checkpoint_load_st(t->g.model, NULL, st) == EXF_OK);
   exf_st_close(st);
   exf_st_free_memory(t->ctx, data);
-  for (i = 0; i < all; i++) free(values[i]);
+  for (size_t i = 0; i < all; i++) free(values[i]);
 }
 
 /* Row 0 of the positions goes to the end, as if the class token stood there. */
@@ -96,13 +94,13 @@ static void move_class_row(vit *g) {
 
 /* (patches, channels, side, side) with channels last, or with the patches transposed */
 static void reorder(const vit *g, exf_real *x, swap s) {
-  size_t c = g->channels, a = g->patch * g->patch, side = g->size / g->patch, i, j, k;
+  size_t c = g->channels, a = g->patch * g->patch, side = g->size / g->patch;
   size_t n = side * side * c * a;
-  exf_real *old = (exf_real *)memory(n, sizeof *old);
+  exf_real *old = memory(n, sizeof *old);
   memcpy(old, x, n * sizeof *x);
-  for (i = 0; i < side * side; i++)
-    for (j = 0; j < c; j++)
-      for (k = 0; k < a; k++)
+  for (size_t i = 0; i < side * side; i++)
+    for (size_t j = 0; j < c; j++)
+      for (size_t k = 0; k < a; k++)
         if (s == SWAP_CHANNELS_LAST)
           x[(i * a + k) * c + j] = old[(i * c + j) * a + k];
         else
@@ -113,47 +111,31 @@ static void reorder(const vit *g, exf_real *x, swap s) {
 /* Builds the model of a fixture, with one thing swapped, and runs it forward. */
 static golden golden_run(const char *file, exf_isa isa, swap s) {
   const int banks = strstr(file, "mb") != NULL;
-  exf_fusion_desc fusion;
+  const exf_fusion_desc fusion = {.variant = EXF_MB, .n_experts = EXPERTS};
   exf_real pixels[BATCH * 432], labels_read[BATCH], moments[6];
   unsigned char bytes[432];
   int32_t labels[BATCH];
-  exf_tensor *x;
-  golden t;
-  lens view;
-  size_t i, k;
-  memset(&t, 0, sizeof t);
-  memset(&fusion, 0, sizeof fusion);
-  t.ctx = exf_ctx_new(NULL);
-  exf_isa_set(t.ctx, isa);
+  golden t = {.ctx = exf_ctx_new(&(exf_desc){.isa = isa}),
+              .g = {.n_layers = 2, .n_heads = 2, .width = 8, .size = 12, .patch = 4,
+                    .channels = 3, .n_classes = 5, .eps = s == SWAP_EPS ? 1e-5 : 1e-6,
+                    .act = s == SWAP_GELU ? EXF_GELU_TANH : EXF_GELU}};
   t.st = exf_st_open(t.ctx, file, NULL);
   if (!CHECK(t.st != NULL)) return t;
-  t.g.n_layers = t.g.n_heads = 2;
-  t.g.width = 8;
-  t.g.size = 12;
-  t.g.patch = 4;
-  t.g.channels = 3;
-  t.g.n_classes = 5;
-  t.g.eps = 1e-6;
-  fusion.variant = EXF_MB;
-  fusion.n_experts = EXPERTS;
-  if (s == SWAP_GELU) t.g.act = EXF_GELU_TANH;
-  if (s == SWAP_EPS) t.g.eps = 1e-5;
-  vit_build(&t.g, t.ctx, banks ? &fusion : NULL);
-  load_fixture(&t, banks);
-  if (s == SWAP_CLASS_ROW) move_class_row(&t.g);
   numbers(&t, "pixels", pixels, BATCH * 432);
   numbers(&t, "labels", labels_read, BATCH);
   numbers(&t, "mean", moments, 3);
   numbers(&t, "std", moments + 3, 3);
-  for (i = 0; i < 3; i++) {
+  for (size_t i = 0; i < 3; i++) {
     t.g.mean[i] = s == SWAP_NORMALISATION ? 0.5 : (double)moments[i];
     t.g.std[i] = s == SWAP_NORMALISATION ? 0.25 : (double)moments[3 + i];
   }
-  view = lens_new(3, t.g.size, t.g.patch, t.g.mean, t.g.std);
-  x = vit_input(t.ctx, &t.g, BATCH);
-  for (i = 0; x && i < BATCH; i++) {
-    for (k = 0; k < 432; k++) bytes[k] = (unsigned char)pixels[i * 432 + k];
-    lens_patches(&view, bytes, 0, 0, 0, x->data + i * 432);
+  vit_build(&t.g, t.ctx, banks ? &fusion : NULL);
+  load_fixture(&t, banks);
+  if (s == SWAP_CLASS_ROW) move_class_row(&t.g);
+  exf_tensor *x = vit_input(t.ctx, &t.g, BATCH);
+  for (size_t i = 0; x && i < BATCH; i++) {
+    for (size_t k = 0; k < 432; k++) bytes[k] = (unsigned char)pixels[i * 432 + k];
+    vit_picture(&t.g, bytes, 0, 0, 0, x, i);
     if (s == SWAP_CHANNELS_LAST || s == SWAP_PATCHES_BY_COLUMN)
       reorder(&t.g, x->data + i * 432, s);
     labels[i] = (int32_t)labels_read[i];
@@ -171,17 +153,14 @@ static void golden_end(golden *t) {
 }
 
 static void check_gradients(golden *t) {
-  size_t i, k, n = exf_model_n_params(t->g.model), size;
-  for (i = 0; i < n; i++) {
+  size_t n = exf_model_n_params(t->g.model);
+  for (size_t i = 0; i < n; i++) {
     exf_param *p = exf_model_param(t->g.model, i);
-    exf_tensor *w = exf_param_tensor(p);
-    exf_real *grad = (exf_real *)memory(w->size, sizeof *grad);
+    exf_real *grad = memory(p->tensor.size, sizeof *grad);
     char name[72];
-    double d;
-    for (size = 1, k = 0; k < (size_t)w->shape.n; k++) size *= w->shape.dim[k];
     CHECK(exf_expert_grad(p, grad) == EXF_OK);
-    snprintf(name, sizeof name, "grad.%s", exf_param_name(p));
-    d = distance(t, name, grad, size);
+    snprintf(name, sizeof name, "grad.%s", p->name);
+    double d = distance(t, name, grad, p->tensor.size);
     if (!CHECK(d <= CLOSE)) printf("  %s: %.3g of its norm\n", name, d);
     free(grad);
   }
@@ -191,13 +170,11 @@ static void check_gradients(golden *t) {
 /* Forward, loss and gradients, on the fast kernels and on the reference. */
 static void agrees(const char *file) {
   static const exf_isa isas[] = {EXF_ISA_AUTO, EXF_ISA_REF};
-  exf_real loss;
-  size_t i;
-  for (i = 0; i < 2; i++) {
+  for (size_t i = 0; i < 2; i++) {
     golden t = golden_run(file, isas[i], SWAP_NOTHING);
     if (!CHECK(t.logits != NULL && t.loss != NULL)) return;
     CHECK(distance(&t, "logits", t.logits->data, t.logits->size) <= CLOSE);
-    loss = t.loss->data[0];
+    exf_real loss = t.loss->data[0];
     CHECK(distance(&t, "loss", &loss, 1) <= CLOSE);
     CHECK(exf_backward(t.ctx, t.loss) == EXF_OK);
     check_gradients(&t);
@@ -211,15 +188,12 @@ TEST(mb_agrees_with_pytorch) { agrees("tests/golden/vit-mb.safetensors"); }
 
 /* Each mistake takes the logits (smoothing: the loss) at least three tolerances away. */
 TEST(swapped_parts_do_not_agree) {
-  int s;
-  for (s = SWAP_NOTHING; s < N_SWAPS; s++) {
+  for (int s = SWAP_NOTHING; s < N_SWAPS; s++) {
     golden t = golden_run("tests/golden/vit-dense.safetensors", EXF_ISA_AUTO, (swap)s);
-    exf_real loss;
-    double d;
     if (!CHECK(t.logits != NULL && t.loss != NULL)) return;
-    loss = t.loss->data[0];
-    d = s == SWAP_SMOOTHING ? distance(&t, "loss", &loss, 1)
-                            : distance(&t, "logits", t.logits->data, t.logits->size);
+    exf_real loss = t.loss->data[0];
+    double d = s == SWAP_SMOOTHING ? distance(&t, "loss", &loss, 1)
+      : distance(&t, "logits", t.logits->data, t.logits->size);
     if (!CHECK(s == SWAP_NOTHING ? d <= CLOSE : d > 3 * CLOSE))
       printf("  swap %d: distance %.3g\n", s, d);
     golden_end(&t);
@@ -231,25 +205,16 @@ TEST(parameters_by_the_formula_of_timm) {
   static const size_t sizes[][6] = {   /* D, layers, patch, channels, size, classes */
     {192, 12, 16, 3, 224, 1000}, {64, 4, 4, 1, 28, 10}, {96, 4, 7, 1, 28, 10}};
   static const size_t counts[] = {5717416, 0, 0};
-  size_t i;
-  for (i = 0; i < 3; i++) {
-    size_t d = sizes[i][0], p = sizes[i][2], c = sizes[i][3], want;
-    size_t np = (sizes[i][4] / p) * (sizes[i][4] / p), k = sizes[i][5];
+  for (size_t i = 0; i < 3; i++) {
+    size_t d = sizes[i][0], p = sizes[i][2], c = sizes[i][3], k = sizes[i][5];
+    size_t np = (sizes[i][4] / p) * (sizes[i][4] / p);
+    size_t want = d + (np + 1) * d + d * c * p * p + d
+                  + sizes[i][1] * (12 * d * d + 13 * d) + 2 * d + k * d + k;
     exf_ctx *ctx = exf_ctx_new(NULL);
-    vit g;
-    memset(&g, 0, sizeof g);
-    g.width = d;
-    g.n_layers = sizes[i][1];
-    g.n_heads = 4;
-    g.patch = p;
-    g.channels = c;
-    g.size = sizes[i][4];
-    g.n_classes = k;
-    g.eps = 1e-6;
-    if (i == 0) g.n_heads = 3;
+    vit g = {.width = d, .n_layers = sizes[i][1], .n_heads = i == 0 ? 3 : 4, .patch = p,
+             .channels = c, .size = sizes[i][4], .n_classes = k, .eps = 1e-6,
+             .std = {1, 1, 1}};
     vit_build(&g, ctx, NULL);
-    want = d + (np + 1) * d + d * c * p * p + d + sizes[i][1] * (12 * d * d + 13 * d)
-           + 2 * d + k * d + k;
     CHECK(exf_model_count(g.model) == want);
     if (counts[i]) CHECK(want == counts[i]);
     vit_free(&g);
@@ -261,11 +226,11 @@ TEST(parameters_by_the_formula_of_timm) {
 TEST(drop_path_grows_with_depth) {
   golden t = golden_run("tests/golden/vit-dense.safetensors", EXF_ISA_AUTO, SWAP_NOTHING);
   vit g = t.g;
-  size_t i;
   g.n_layers = 3;
   g.drop_path = 0.4;
   vit_build(&g, t.ctx, NULL);
-  for (i = 0; i < 3; i++) CHECK_NEAR(g.blocks[i]->drop_path, 0.2 * (double)i, 1e-12);
+  for (size_t i = 0; i < 3; i++)
+    CHECK_NEAR(g.blocks[i]->drop_path, 0.2 * (double)i, 1e-12);
   vit_free(&g);
   golden_end(&t);
 }

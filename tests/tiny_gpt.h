@@ -42,6 +42,7 @@ static TEST_UNUSED tiny_desc tiny_defaults(void) {
 static TEST_UNUSED tiny_gpt tiny_new(exf_ctx *ctx, const tiny_desc *desc) {
   tiny_gpt g;
   exf_block_desc b;
+  exf_norm_desc norm = {0, 0, 0};
   char name[64];
   size_t i;
   memset(&g, 0, sizeof g);
@@ -65,7 +66,8 @@ static TEST_UNUSED tiny_gpt tiny_new(exf_ctx *ctx, const tiny_desc *desc) {
     snprintf(name, sizeof name, "transformer.h.%d", (int)i);
     g.block[i] = exf_block_new(g.model, name, &b);
   }
-  g.ln_f = exf_layernorm_new(g.model, "transformer.ln_f", g.d.width, g.d.bias, 1e-5);
+  norm.bias = g.d.bias;
+  g.ln_f = exf_norm_new(g.model, "transformer.ln_f", g.d.width, &norm);
   exf_param_alias(g.model, "lm_head.weight", "transformer.wte.weight");
   return g;
 }
@@ -80,7 +82,7 @@ static TEST_UNUSED exf_tensor *tiny_logits(exf_ctx *ctx, const tiny_gpt *g,
   x = exf_add(ctx, exf_embedding(ctx, g->wte, ids, B, T),
               exf_embedding(ctx, g->wpe, pos, T, 0));
   x = exf_dropout(ctx, x, g->d.dropout);
-  for (i = 0; i < g->d.layers; i++) x = exf_block_forward(ctx, g->block[i], x);
+  for (i = 0; i < g->d.layers; i++) x = exf_block_forward(ctx, g->block[i], x, NULL);
   x = exf_norm_forward(ctx, g->ln_f, x);
   return exf_linear(ctx, x, g->wte, NULL);
 }
@@ -181,10 +183,10 @@ static TEST_UNUSED int same_params(const exf_model *a, const exf_model *b) {
   size_t i, n = exf_model_n_params(a);
   if (n == 0 || n != exf_model_n_params(b)) return 0;
   for (i = 0; i < n; i++) {
-    const exf_tensor *x = exf_param_tensor(exf_model_param(a, i));
-    const exf_tensor *y = exf_param_tensor(exf_model_param(b, i));
+    const exf_tensor *x = &exf_model_param(a, i)->tensor;
+    const exf_tensor *y = &exf_model_param(b, i)->tensor;
     if (x->size != y->size || !same_bits(x->data, y->data, x->size)) {
-      printf("  %s differs\n", exf_param_name(exf_model_param(a, i)));
+      printf("  %s differs\n", exf_model_param(a, i)->name);
       return 0;
     }
   }

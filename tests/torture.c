@@ -60,7 +60,7 @@ static int save(trainer *t, long version) {
   char text[32];
   size_t k, i;
   for (k = 0; k < exf_model_n_params(t->g.model); k++) {
-    exf_tensor *x = exf_param_tensor(exf_model_param(t->g.model, k));
+    exf_tensor *x = &exf_model_param(t->g.model, k)->tensor;
     for (i = 0; i < x->size; i++) x->data[i] = value(version, k, i);
   }
   snprintf(text, sizeof text, "%ld", version);
@@ -75,10 +75,10 @@ static long load(trainer *t) {
   const char *text = exf_st_meta(st, "version");
   long version = text ? strtol(text, NULL, 10) : -1;
   size_t k, i;
-  if (exf_checkpoint_load(t->g.model, t->optim, st) != EXF_OK) version = -1;
+  if (exf_checkpoint_load_st(t->g.model, t->optim, st) != EXF_OK) version = -1;
   exf_st_close(st);
   for (k = 0; version >= 0 && k < exf_model_n_params(t->g.model); k++) {
-    const exf_tensor *x = exf_param_tensor(exf_model_param(t->g.model, k));
+    const exf_tensor *x = &exf_model_param(t->g.model, k)->tensor;
     for (i = 0; i < x->size; i++)
       if (memcmp(&x->data[i], &(exf_real){value(version, k, i)}, sizeof(exf_real)) != 0)
         return -1;

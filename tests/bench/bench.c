@@ -85,7 +85,7 @@ static void bench_step(void) {
 /* ---- how far a step is from its matrix products ------------------------------------ */
 
 static void bench_limit(void) {
-  product cube = {"cube", 1, 1024, 1024, 1024, 0, 0, NULL, NULL, NULL, NULL, NULL};
+  product cube = {"cube", 1, 1024, 1024, 1024, 0, NULL, NULL, NULL, NULL, NULL};
   task cubes;
   int k, i;
   product_new(&cube);
@@ -120,8 +120,7 @@ static exf_tensor *generate_next(net *g, const int32_t *ids, size_t t, exf_kv *k
   size_t i, at = exf_kv_length(kv);
   exf_tensor *x = exf_embedding(ctx, g->wte, ids, 1, t);
   x = exf_add(ctx, x, exf_slice(ctx, g->wpe, 0, at, at + t));
-  for (i = 0; i < g->d.layers; i++) x = exf_block_cached(ctx, g->block[i], x, kv, i);
-  exf_kv_advance(kv, t);
+  for (i = 0; i < g->d.layers; i++) x = exf_block_forward(ctx, g->block[i], x, kv);
   x = exf_norm_forward(ctx, g->ln_f, exf_slice(ctx, x, 1, t - 1, t));
   return exf_linear(ctx, x, g->wte, NULL);
 }

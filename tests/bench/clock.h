@@ -166,13 +166,9 @@ static int limits_list(limits *out) {
     {EXF_ISA_SSE2, 4, flops_sse2, read_sse2},
 #endif
     {EXF_ISA_NEON, 4, NULL, NULL}};
-  exf_ctx *ctx = exf_ctx_new(NULL);
-  int i, n = 0;
-  for (i = 0; i < (int)(sizeof all / sizeof *all); i++) {
-    if (exf_isa_set(ctx, all[i].isa) == EXF_OK) out[n++] = all[i];
-    exf_error_clear(ctx);
-  }
-  exf_ctx_free(ctx);
+  int n = 0;
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+    if (exf__kernels_for(all[i].isa)) out[n++] = all[i];
   return n;
 }
 

@@ -85,6 +85,8 @@ static void net_data(net *g) {
 
 static net *net_new(const net_desc *desc) {
   net *g = (net *)room(1, sizeof *g);
+  const exf_linear_desc linear = {1, 0.02};
+  exf_norm_desc norm = {0, 0, 0};
   exf_block_desc b;
   exf_optim_desc o;
   exf_param_desc p;
@@ -99,22 +101,22 @@ static net *net_new(const net_desc *desc) {
   b.width = p.shape.dim[0] = g->d.width;
   b.n_heads = g->d.heads;
   b.causal = !g->d.vit;
-  b.bias = g->d.vit;
+  b.bias = norm.bias = g->d.vit;
   b.init_std_out = 0.02 / sqrt(2.0 * (double)g->d.layers);
   b.ffn.fusion = g->d.fusion;
   p.shape.n = 1;
   p.init_std = 0.02;
   if (g->d.vit) {
-    g->patch = exf_linear_new(g->model, "patch", PATCH * PATCH, g->d.width, 1, 0.02);
+    g->patch = exf_linear_new(g->model, "patch", PATCH * PATCH, g->d.width, &linear);
     g->cls = exf_param_new(g->model, "cls", &p);
-    g->head = exf_linear_new(g->model, "head", g->d.width, g->d.vocab, 1, 0.02);
+    g->head = exf_linear_new(g->model, "head", g->d.width, g->d.vocab, &linear);
   } else g->wte = exf_embedding_new(g->model, "wte", g->d.vocab, g->d.width, 0.02);
   g->wpe = exf_embedding_new(g->model, "wpe", g->d.block, g->d.width, 0.02);
   for (i = 0; i < g->d.layers; i++) {
     snprintf(name, sizeof name, "h.%u", (unsigned)i);
     g->block[i] = exf_block_new(g->model, name, &b);
   }
-  g->ln_f = exf_layernorm_new(g->model, "ln_f", g->d.width, b.bias, 1e-5);
+  g->ln_f = exf_norm_new(g->model, "ln_f", g->d.width, &norm);
   o.beta2 = 0.99;
   o.weight_decay = 0.1;
   o.clip = 1;
@@ -145,7 +147,7 @@ static exf_tensor *net_loss(net *g) {
     x = exf_concat(ctx, part, 2, 1);
   } else x = exf_embedding(ctx, g->wte, g->ids, b, g->d.block);
   x = exf_add(ctx, x, g->wpe);
-  for (i = 0; i < g->d.layers; i++) x = exf_block_forward(ctx, g->block[i], x);
+  for (i = 0; i < g->d.layers; i++) x = exf_block_forward(ctx, g->block[i], x, NULL);
   if (g->d.vit) x = exf_slice(ctx, x, 1, 0, 1);
   x = exf_norm_forward(ctx, g->ln_f, x);
   x = g->d.vit ? exf_linear_forward(ctx, g->head, x) : exf_linear(ctx, x, g->wte, NULL);

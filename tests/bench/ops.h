@@ -11,15 +11,18 @@ typedef struct replay {
 
 static void replay_forward(void *arg) {
   replay *r = (replay *)arg;
-  exf__op(r->node->op)->forward(r->ctx, r->node);
+  r->node->op->forward(r->ctx, r->node);
 }
 
 static void replay_backward(void *arg) {
   replay *r = (replay *)arg;
-  int i;
-  for (i = 0; i < r->node->n_in; i++) exf__gbuf_drop(r->ctx, r->node->in[i]);
+  for (int i = 0; i < r->node->n_in; i++) {
+    exf_tensor *in = r->node->in[i];
+    if (!in->param) exf__gbuf_release(r->ctx, in->gbuf);
+    in->gbuf = NULL;
+  }
   if (r->model) exf_model_zero_grad(r->model);
-  exf__op(r->node->op)->backward(r->ctx, r->node);
+  r->node->op->backward(r->ctx, r->node);
 }
 
 /* Time, bytes, GB/s; GFLOP/s of matrix products; and the time that the nearer of the two
@@ -136,9 +139,10 @@ static void ops_shapes(exf_ctx *ctx) {
 }
 
 static void ops_products(exf_ctx *ctx) {
+  const exf_attention_desc four = {4, 1, NULL}, six = {6, 1, NULL}, all = {4, 0, NULL};
   exf_shape x = exf_shape2(OP_ROWS, OP_WIDTH), h = exf_shape2(OP_ROWS, OP_HIDDEN);
   exf_tensor *w = leaf(ctx, exf_shape2(OP_HIDDEN, OP_WIDTH));
-  op_time("matmul", ctx, NULL, exf_matmul(ctx, leaf(ctx, h), w, 0, 0)->node);
+  op_time("matmul", ctx, NULL, exf_matmul(ctx, leaf(ctx, h), w, 0)->node);
   w = leaf(ctx, exf_shape2(OP_HIDDEN, OP_WIDTH));
   op_time("linear up", ctx, NULL,
           exf_linear(ctx, leaf(ctx, x), w, leaf(ctx, exf_shape1(OP_HIDDEN)))->node);
@@ -147,11 +151,11 @@ static void ops_products(exf_ctx *ctx) {
   w = leaf(ctx, exf_shape2(OP_VOCAB, OP_WIDTH));
   op_time("linear head", ctx, NULL, exf_linear(ctx, leaf(ctx, x), w, NULL)->node);
   op_time("attention 12x64 d 32", ctx, NULL,
-          exf_attention(ctx, leaf(ctx, exf_shape3(12, 64, 384)), 4, 1)->node);
+          exf_attention(ctx, leaf(ctx, exf_shape3(12, 64, 384)), &four)->node);
   op_time("attention 8x256 d 64", ctx, NULL,
-          exf_attention(ctx, leaf(ctx, exf_shape3(8, 256, 1152)), 6, 1)->node);
+          exf_attention(ctx, leaf(ctx, exf_shape3(8, 256, 1152)), &six)->node);
   op_time("attention 128x50 all", ctx, NULL,
-          exf_attention(ctx, leaf(ctx, exf_shape3(128, 50, 192)), 4, 0)->node);
+          exf_attention(ctx, leaf(ctx, exf_shape3(128, 50, 192)), &all)->node);
 }
 
 /* The fuse of an FFN's first matrix: its backward pass is the dots, and a copy of G. */
@@ -165,7 +169,7 @@ static void ops_fuse(exf_ctx *ctx, size_t n_experts) {
   d.fusion = fusion_of(EXF_DW, n_experts);
   exf_ffn_forward(ctx, exf_ffn_new(model, "f", &d), leaf(ctx, exf_shape2(1, OP_WIDTH)));
   must(ctx);
-  for (n = ctx->tape; n && strcmp(exf__op_name(n->op), "fuse") != 0;) n = n->prev;
+  for (n = ctx->tape; n && strcmp(n->op->name, "fuse") != 0;) n = n->prev;
   snprintf(name, sizeof name, "fuse of %u", (unsigned)n_experts);
   if (n) op_time(name, ctx, model, n);
   exf_model_free(model);

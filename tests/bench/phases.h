@@ -14,7 +14,7 @@ static const char *const phase_names[N_PHASES] = {
 };
 
 static int phase_of(const exf__node *n) {
-  const char *op = exf__op_name(n->op);
+  const char *op = n->op->name;
   const exf_tensor *w = n->n_in > 1 ? n->in[1] : NULL;
   const char *name = w && w->param ? w->param->name : "";
   if (strcmp(op, "fuse") == 0) return P_FUSE;
@@ -27,7 +27,7 @@ static int phase_of(const exf__node *n) {
   if (strcmp(op, "linear") == 0) {
     if (strstr(name, "attn")) return P_ATT_LINEAR;
     if (strstr(name, "patch")) return P_EMBED;
-    if (n->arg.i) return P_DOWN;
+    if (n->arg.activation.on) return P_DOWN;
     return strstr(name, "mlp") || !*name ? P_UP : P_HEAD;
   }
   if (strcmp(op, "add") == 0 && !*name && w->size == n->in[0]->size) return P_RESIDUAL;
@@ -38,13 +38,13 @@ static int phase_of(const exf__node *n) {
    that is needed. */
 static double node_flops(const exf__node *n) {
   const exf_shape *s = &n->in[0]->shape;
-  const char *op = exf__op_name(n->op);
+  const char *op = n->op->name;
   double size = (double)n->out->size;
   if (strcmp(op, "linear") == 0) return 2 * size * (double)s->dim[s->n - 1];
   if (strcmp(op, "matmul") == 0)
-    return 2 * size * (double)s->dim[s->n - (n->arg.i ? 2 : 1)];
+    return 2 * size * (double)s->dim[s->n - (n->arg.transposed.a ? 2 : 1)];
   if (strcmp(op, "attention") == 0)   /* qkv (B,T,3C) */
-    return 4 * size * (double)s->dim[1] * (n->arg.i ? 0.5 : 1);
+    return 4 * size * (double)s->dim[1] * (n->arg.attention.causal ? 0.5 : 1);
   return 0;
 }
 
@@ -54,7 +54,7 @@ static double node_flops(const exf__node *n) {
 static double node_bytes(const exf__node *n, int backward) {
   static const char *const linear[] = {"add", "sub", "neg", "scale", "sum", "mean",
     "concat", "slice", "permute", "reshape", "dropout", "embedding"};
-  const char *op = exf__op_name(n->op);
+  const char *op = n->op->name;
   double in = 0, out = (double)n->out->size, reads = 1;
   int i;
   for (i = 0; i < n->n_in; i++) in += (double)n->in[i]->size;
@@ -85,7 +85,7 @@ static void phase_forward(exf_ctx *ctx, phase *p) {
   for (i = count, n = ctx->tape; n; n = n->prev) list[--i] = n;
   for (i = 0; i < count; i++) {
     double start = now();
-    exf__op(list[i]->op)->forward(ctx, list[i]);
+    list[i]->op->forward(ctx, list[i]);
     phase_add(p, list[i], 0, now() - start);
   }
   free(list);
@@ -99,23 +99,23 @@ static void phase_backward(exf_ctx *ctx, exf_tensor *loss, phase *p) {
   for (n = ctx->tape; n; n = n->prev) {
     double start = now();
     if (!n->out->gbuf) continue;
-    exf__op(n->op)->backward(ctx, n);
+    n->op->backward(ctx, n);
     phase_add(p, n, 1, now() - start);
-    exf__gbuf_drop(ctx, n->out);
+    exf__walked(ctx, n);
   }
   ctx->tape = NULL;
+  ctx->n_tapes++;
 }
 
 static void phase_optim(net *g, phase *p) {
   double start = now(), square = 0;
-  size_t i, j, k;
+  size_t i;
   for (i = 0; i < exf_model_n_params(g->model); i++) {
     const exf_param *q = exf_model_param(g->model, i);
-    k = q->t.size / (q->role == EXF__EXPERTS ? q->t.shape.dim[0] : 1);
-    if (q->t.grad) square += g->ctx->k->sumsq(k, q->t.grad);
+    size_t n = q->tensor.size, k = n / (q->pool ? q->pool->n : 1);
+    if (q->tensor.grad) square += exf__grad_square(g->optim, q);
     p[P_CLIP].bytes[0] += sizeof(exf_real) * (double)k;
-    j = q->t.size;
-    p[P_OPTIM].bytes[0] += sizeof(exf_real) * (double)(6 * j + k);
+    p[P_OPTIM].bytes[0] += sizeof(exf_real) * (double)(6 * n + k);
   }
   kept = (float)square;
   p[P_CLIP].t[0] += now() - start;

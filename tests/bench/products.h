@@ -54,10 +54,10 @@ static void openblas_open(void) {
 typedef struct product {
   const char *role;
   size_t batch, m, n, k;
-  int ta, tb;
+  int flags;               /* EXF_TRANSPOSE_A, _B */
   exf_ctx *ctx;
   exf_model *model;
-  exf_tensor *a, *b;       /* (batch,m,k), (batch,k,n), transposed where ta, tb say so */
+  exf_tensor *a, *b;       /* (batch,m,k), (batch,k,n), transposed where flags say so */
   exf_real *c;             /* OpenBLAS's result (batch,m,n) */
 } product;
 
@@ -67,24 +67,24 @@ static double product_flops(const product *p) {
 
 static void product_ours(void *arg) {
   product *p = (product *)arg;
-  exf_matmul(p->ctx, p->a, p->b, p->ta, p->tb);
+  exf_matmul(p->ctx, p->a, p->b, p->flags);
   exf_rewind(p->ctx);
 }
 
 static void product_theirs(void *arg) {
   product *p = (product *)arg;
   const size_t m = p->m, n = p->n, k = p->k;
-  size_t i;
-  for (i = 0; i < p->batch; i++)
-    openblas(101, p->ta ? 112 : 111, p->tb ? 112 : 111, (int)m, (int)n, (int)k, 1,
-             (float *)p->a->data + i * m * k, (int)(p->ta ? m : k),
-             (float *)p->b->data + i * k * n, (int)(p->tb ? k : n), 0,
+  int ta = p->flags & EXF_TRANSPOSE_A, tb = p->flags & EXF_TRANSPOSE_B;
+  for (size_t i = 0; i < p->batch; i++)
+    openblas(101, ta ? 112 : 111, tb ? 112 : 111, (int)m, (int)n, (int)k, 1,
+             (float *)p->a->data + i * m * k, (int)(ta ? m : k),
+             (float *)p->b->data + i * k * n, (int)(tb ? k : n), 0,
              (float *)p->c + i * m * n, (int)n);
 }
 
 /* Both give the same numbers, or nothing is worth comparing. */
 static void product_check(product *p) {
-  exf_tensor *y = exf_matmul(p->ctx, p->a, p->b, p->ta, p->tb);
+  exf_tensor *y = exf_matmul(p->ctx, p->a, p->b, p->flags);
   double worst = 0;
   size_t i;
   must(p->ctx);
@@ -99,14 +99,15 @@ static void product_check(product *p) {
 
 static void product_new(product *p) {
   exf_param_desc d;
+  int ta = p->flags & EXF_TRANSPOSE_A, tb = p->flags & EXF_TRANSPOSE_B;
   memset(&d, 0, sizeof d);
   d.init_std = 1;
   p->ctx = new_context();
   exf_grad_set(p->ctx, 0);
   p->model = exf_model_new(p->ctx);
-  d.shape = exf_shape3(p->batch, p->ta ? p->k : p->m, p->ta ? p->m : p->k);
+  d.shape = exf_shape3(p->batch, ta ? p->k : p->m, ta ? p->m : p->k);
   p->a = exf_param_new(p->model, "a", &d);
-  d.shape = exf_shape3(p->batch, p->tb ? p->n : p->k, p->tb ? p->k : p->n);
+  d.shape = exf_shape3(p->batch, tb ? p->n : p->k, tb ? p->k : p->n);
   p->b = exf_param_new(p->model, "b", &d);
   p->c = (exf_real *)room(p->batch * p->m * p->n, sizeof(exf_real));
   must(p->ctx);
@@ -141,7 +142,7 @@ static double product_time(product *p, const limits *l, int n_isas) {
     sample_add(&ratio, theirs.at[i] / ours.at[i]);
   }
   for (i = 0; i < n_isas; i++) {
-    exf_isa_set(p->ctx, l[i].isa);
+    p->ctx->k = exf__kernels_for(l[i].isa);
     rate = flops / (i == 0 ? median(&ours) : task_median(product_ours, p, 1e-3));
     record("gemm", what, exf_isa_name(l[i].isa), rate);
     printf(" %8.1f", rate);
@@ -162,19 +163,19 @@ static int product_list(product *p, size_t c, size_t rows) {
   size_t d = c == 128 ? 32 : 64, block = c <= 256 ? 64 : 256, h = 4 * c;
   size_t heads = rows / block * (c / d);
   const product all[] = {
-    {"forward", 1, rows, h, c, 0, 1, NULL, NULL, NULL, NULL, NULL},
-    {"dx", 1, rows, c, h, 0, 0, NULL, NULL, NULL, NULL, NULL},
-    {"dw", 1, h, c, rows, 1, 0, NULL, NULL, NULL, NULL, NULL},
-    {"Q K^T", heads, block, block, d, 0, 1, NULL, NULL, NULL, NULL, NULL},
-    {"P V", heads, block, d, block, 0, 0, NULL, NULL, NULL, NULL, NULL},
-    {"head", 1, rows, 65, c, 0, 1, NULL, NULL, NULL, NULL, NULL}};
+    {"forward", 1, rows, h, c, EXF_TRANSPOSE_B, NULL, NULL, NULL, NULL, NULL},
+    {"dx", 1, rows, c, h, 0, NULL, NULL, NULL, NULL, NULL},
+    {"dw", 1, h, c, rows, EXF_TRANSPOSE_A, NULL, NULL, NULL, NULL, NULL},
+    {"Q K^T", heads, block, block, d, EXF_TRANSPOSE_B, NULL, NULL, NULL, NULL, NULL},
+    {"P V", heads, block, d, block, 0, NULL, NULL, NULL, NULL, NULL},
+    {"head", 1, rows, 65, c, EXF_TRANSPOSE_B, NULL, NULL, NULL, NULL, NULL}};
   memcpy(p, all, sizeof all);
   return 6;
 }
 
 static void bench_gemm(void) {
   static const size_t widths[] = {128, 256, 384, 768}, rows[] = {768, 2048};
-  product cube = {"cube", 1, 1024, 1024, 1024, 0, 0, NULL, NULL, NULL, NULL, NULL};
+  product cube = {"cube", 1, 1024, 1024, 1024, 0, NULL, NULL, NULL, NULL, NULL};
   limits l[4];
   int n_isas = limits_list(l), n = 0, k, count;
   size_t i, j;

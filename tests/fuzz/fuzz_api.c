@@ -99,12 +99,74 @@ static const char *draw_name(api *a, char *out) {
   return out;
 }
 
+/* ---- rules: of each kind one, and what must be refused ---- */
+
+static void rule_init(exf_ctx *ctx, exf_ffn *f, const exf_fusion_desc *fusion) {
+  (void)ctx;
+  exf_param_desc d;
+  memset(&d, 0, sizeof d);
+  d.shape = exf_shape1(fusion->n_experts);
+  exf_ffn_param(f, "own", &d);
+  d.buffer = 1;
+  exf_ffn_param(f, "constant", &d);
+}
+
+static exf_tensor *rule_weights(exf_ctx *ctx, const exf_ffn *f, exf_tensor *x,
+                                int training) {
+  exf_tensor *a = exf_softmax(ctx, exf_add(ctx, exf_ffn_tensor(f, "own"),
+                                           exf_ffn_tensor(f, "constant")));
+  (void)x;
+  return training ? exf_dropout(ctx, a, 0.5) : a;
+}
+
+static exf_tensor *rule_scalar(exf_ctx *ctx, const exf_ffn *f, exf_tensor *x,
+                               int training) {
+  (void)f;
+  (void)x;
+  return training ? exf_full(ctx, exf_shape0(), 1) : NULL;
+}
+
+static void rule_step(exf_ffn *f, const exf_real *mean) {
+  exf_tensor *t = exf_ffn_tensor(f, "constant");
+  size_t i;
+  MUST(mean != NULL);
+  for (i = 0; t != NULL && i < t->size; i++) t->data[i] = mean[i];
+}
+
+static exf_tensor *rule_fuse(exf_ctx *ctx, const exf_ffn *f, exf_part part,
+                             int training) {
+  (void)training;
+  return exf_mean(ctx, &f->part[part]->tensor, EXF_AXIS(0), 0);
+}
+
+static exf_tensor *rule_forward(exf_ctx *ctx, const exf_ffn *f, exf_tensor *x,
+                                int training) {
+  exf_tensor *th[EXF_N_PARTS];
+  int k;
+  for (k = 0; k < EXF_N_PARTS; k++)
+    th[k] = f->part[k] ? rule_fuse(ctx, f, (exf_part)k, training) : NULL;
+  return exf_scale(ctx, exf_ffn_apply(ctx, f, x, th), 2);
+}
+
+static const exf_rule rules[] = {
+  {"weights", NULL, rule_init, rule_weights, NULL, NULL, rule_step},
+  {"fuse", NULL, rule_init, NULL, rule_fuse, NULL, NULL},
+  {"forward", NULL, rule_init, NULL, NULL, rule_forward, NULL},
+  {"mean", NULL, NULL, NULL, NULL, NULL, NULL},
+  {"scalar", NULL, NULL, rule_scalar, NULL, NULL, NULL},
+  {"two", NULL, NULL, rule_weights, rule_fuse, NULL, NULL},
+  {NULL, NULL, NULL, rule_weights, NULL, NULL, NULL}};
+enum { N_RULES = (int)(sizeof rules / sizeof rules[0]) };
+
 static exf_fusion_desc draw_fusion(api *a) {
   exf_fusion_desc f;
   memset(&f, 0, sizeof f);
   f.variant = (exf_variant)draw(a, 6);
+  if (draw(a, 3) == 0) {
+    f.rule = &rules[draw(a, N_RULES)];
+    f.variant = draw(a, 8) ? EXF_RULE : f.variant;
+  }
   f.n_experts = draw(a, 8) ? draw(a, 4) : draw_size(a);
-  f.lean = draw(a, 4) ? 0 : draw(a, 4);
   f.dw_softmax = (int)draw(a, 2);
   f.routed = (int)draw(a, 2);
   f.attach = (int)draw(a, 2);
@@ -147,7 +209,8 @@ static void call_new(api *a) {
 static void call_unary(api *a) {
   static exf_tensor *(*const ops[])(exf_ctx *, exf_tensor *) = {
     exf_neg, exf_exp, exf_log, exf_tanh, exf_sqrt, exf_square, exf_relu, exf_gelu,
-    exf_gelu_tanh, exf_silu, exf_softmax, exf_log_softmax, exf_detach, exf_grad_keep};
+    exf_gelu_tanh, exf_silu, exf_abs, exf_sigmoid, exf_softmax, exf_log_softmax,
+    exf_detach, exf_grad_keep};
   exf_tensor *x = draw_tensor(a);
   keep(a, ops[draw(a, sizeof ops / sizeof ops[0])](a->ctx, x));
 }
@@ -161,8 +224,11 @@ static void call_binary(api *a) {
 
 static void call_product(api *a) {
   exf_tensor *x = draw_tensor(a), *w = draw_tensor(a), *b = draw_tensor(a);
-  if (draw(a, 2)) keep(a, exf_linear(a->ctx, x, w, draw(a, 2) ? b : NULL));
-  else keep(a, exf_matmul(a->ctx, x, w, (int)draw(a, 2), (int)draw(a, 2)));
+  switch (draw(a, 3)) {
+    case 0: keep(a, exf_linear(a->ctx, x, w, draw(a, 2) ? b : NULL)); break;
+    case 1: keep(a, exf_matmul(a->ctx, x, w, (int)draw(a, 16) % 5)); break;
+    default: keep(a, exf_where(a->ctx, x, w, b)); break;
+  }
 }
 
 static void call_norm(api *a) {
@@ -175,8 +241,10 @@ static void call_norm(api *a) {
 static void call_scaled(api *a) {
   exf_tensor *x = draw_tensor(a);
   double s = draw_number(a);
-  switch (draw(a, 3)) {
+  switch (draw(a, 5)) {
     case 0: keep(a, exf_scale(a->ctx, x, s)); break;
+    case 3: keep(a, exf_clamp(a->ctx, x, s, draw_number(a))); break;
+    case 4: keep(a, exf_full(draw(a, 32) ? a->ctx : NULL, draw_shape(a), s)); break;
     case 1: keep(a, exf_dropout(a->ctx, x, s)); break;
     default: keep(a, exf_drop_path(a->ctx, x, s)); break;
   }
@@ -201,8 +269,34 @@ static void call_shape(api *a) {
 static void call_sum(api *a) {
   exf_tensor *x = draw_tensor(a);
   unsigned axes = draw(a, 4) ? draw(a, 80) : EXF_ALL_AXES;
-  if (draw(a, 2)) keep(a, exf_sum(a->ctx, x, axes, (int)draw(a, 2)));
-  else keep(a, exf_mean(a->ctx, x, axes, (int)draw(a, 2)));
+  int to_keep = draw(a, 2) ? EXF_KEEP : 0;
+  switch (draw(a, 3)) {
+    case 0: keep(a, exf_sum(a->ctx, x, axes, to_keep)); break;
+    case 1: keep(a, exf_mean(a->ctx, x, axes, to_keep)); break;
+    default: keep(a, exf_max(a->ctx, x, axes, to_keep)); break;
+  }
+}
+
+/* Indices that come back are inside of their rows. */
+static void call_choose(api *a) {
+  const exf_tensor *x = draw_tensor(a);
+  size_t i, n = x && x->shape.n > 0 ? x->shape.dim[x->shape.n - 1] : 0;
+  exf_sample_desc d;
+  const int32_t *at;
+  int32_t id;
+  memset(&d, 0, sizeof d);
+  d.temperature = draw_number(a);
+  d.top_k = draw_size(a);
+  d.top_p = draw_number(a);
+  d.seed = draw(a, 4);
+  if (draw(a, 2)) {
+    id = exf_sample(a->ctx, x, draw(a, 8) ? &d : NULL, draw(a, 100));
+    MUST(id == -1 || (id >= 0 && (size_t)id < n));
+    return;
+  }
+  at = exf_argmax(draw(a, 32) ? a->ctx : NULL, x);
+  for (i = 0; at != NULL && n > 0 && i < x->size / n; i++)
+    MUST(at[i] >= 0 && (size_t)at[i] < n);
 }
 
 /* Ids and labels: as many as the call reads, some out of range. */
@@ -215,6 +309,10 @@ static void call_lookup(api *a) {
   if (draw(a, 16) == 0) ids[0] = draw(a, 2) ? INT32_MAX : INT32_MIN;
   if (draw(a, 2)) {
     keep(a, exf_embedding(a->ctx, x, draw(a, 16) ? ids : NULL, n0, n1));
+    return;
+  }
+  if (draw(a, 3) == 0) {
+    keep(a, exf_gather(a->ctx, x, draw(a, 16) ? ids : NULL, n0));
     return;
   }
   for (i = 0; x != NULL && i + 1 < (size_t)x->shape.n; i++) rows *= x->shape.dim[i];
@@ -253,9 +351,11 @@ static void call_custom(api *a) {
 
 static void call_attention(api *a) {
   exf_tensor *x = draw_tensor(a);
-  size_t heads = draw_size(a);
-  if (draw(a, 2)) keep(a, exf_attention(a->ctx, x, heads, (int)draw(a, 2)));
-  else keep(a, exf_attention_cached(a->ctx, x, heads, a->kv, draw(a, 3)));
+  exf_attention_desc d;
+  d.n_heads = draw_size(a);
+  d.causal = (int)draw(a, 2);
+  d.cache = draw(a, 2) ? a->kv : NULL;
+  keep(a, exf_attention(a->ctx, x, draw(a, 8) ? &d : NULL));
 }
 
 static void call_backward(api *a) {
@@ -280,18 +380,23 @@ static void call_layer(api *a) {
   exf_model *m = draw(a, 16) ? a->model : NULL;
   size_t in = draw_size(a), out = draw_size(a), k = draw(a, N_LAYERS);
   double std = draw_number(a);
-  int bias = (int)draw(a, 2);
+  int bias = (int)draw(a, 2), given = draw(a, 8) > 0;
+  exf_linear_desc ld;
+  exf_norm_desc nd;
   exf_param_desc d;
   memset(&d, 0, sizeof d);
   d.shape = draw_shape(a);
   d.init_std = std;
-  d.decay = bias;
+  d.decay = d.buffer = bias;
+  ld.bias = nd.bias = bias;
+  ld.init_std = nd.eps = std;
+  nd.rms = (int)draw(a, 2);
   switch (draw(a, 5)) {
-    case 0: a->linear[k] = exf_linear_new(m, name, in, out, bias, std); break;
-    case 1: a->norm[k] = exf_layernorm_new(m, name, in, bias, std); break;
-    case 2: a->norm[k] = exf_rmsnorm_new(m, name, in, std); break;
+    case 0: a->linear[k] = exf_linear_new(m, name, in, out, given ? &ld : NULL); break;
+    case 1:
+    case 2: a->norm[k] = exf_norm_new(m, name, in, given ? &nd : NULL); break;
     case 3: keep_own(a, exf_embedding_new(m, name, in, out, std)); break;
-    default: keep_own(a, exf_param_new(m, name, draw(a, 16) ? &d : NULL)); break;
+    default: keep_own(a, exf_param_new(m, name, given ? &d : NULL)); break;
   }
 }
 
@@ -300,6 +405,7 @@ static void call_module(api *a) {
   const char *name = draw_name(a, buffer);
   exf_model *m = draw(a, 16) ? a->model : NULL;
   exf_block_desc b;
+  exf_attn_desc at;
   size_t k = draw(a, N_LAYERS);
   memset(&b, 0, sizeof b);
   b.ffn = draw_ffn(a);
@@ -311,26 +417,36 @@ static void call_module(api *a) {
   b.dropout = draw_number(a);
   b.drop_path = draw_number(a);
   b.names = (exf_names)draw(a, 3);
+  at.width = b.width;
+  at.n_heads = b.n_heads;
+  at.causal = b.causal;
+  at.bias = b.bias;
+  at.init_std = at.init_std_out = b.eps;
   switch (draw(a, 3)) {
     case 0: a->ffn[k] = exf_ffn_new(m, name, draw(a, 16) ? &b.ffn : NULL); break;
     case 1:
-      a->attn[k] = exf_attn_new(m, name, draw(a, 16) ? "proj" : NULL, b.width, b.n_heads,
-                                b.causal, b.bias, b.eps, b.eps);
+      a->attn[k] = exf_attn_new(m, name, draw(a, 16) ? "proj" : NULL,
+                                draw(a, 16) ? &at : NULL);
       break;
     default: a->block[k] = exf_block_new(m, name, draw(a, 16) ? &b : NULL); break;
   }
 }
 
 static void call_forward(api *a) {
-  exf_tensor *x = draw_tensor(a);
+  exf_tensor *x = draw_tensor(a), *th[EXF_N_PARTS];
+  exf_kv *cache = draw(a, 2) ? a->kv : NULL;
+  const exf_ffn *f = DRAW_LAYER(a, ffn);
+  int i;
   switch (draw(a, 6)) {
     case 0: keep(a, exf_linear_forward(a->ctx, DRAW_LAYER(a, linear), x)); break;
     case 1: keep(a, exf_norm_forward(a->ctx, DRAW_LAYER(a, norm), x)); break;
-    case 2: keep(a, exf_ffn_forward(a->ctx, DRAW_LAYER(a, ffn), x)); break;
-    case 3: keep(a, exf_attn_forward(a->ctx, DRAW_LAYER(a, attn), x)); break;
-    case 4: keep(a, exf_block_forward(a->ctx, DRAW_LAYER(a, block), x)); break;
+    case 2: keep(a, exf_ffn_forward(a->ctx, f, x)); break;
+    case 3: keep(a, exf_attn_forward(a->ctx, DRAW_LAYER(a, attn), x, cache)); break;
+    case 4: keep(a, exf_block_forward(a->ctx, DRAW_LAYER(a, block), x, cache)); break;
     default:
-      keep(a, exf_block_cached(a->ctx, DRAW_LAYER(a, block), x, a->kv, draw(a, 3)));
+      for (i = 0; i < EXF_N_PARTS; i++)
+        th[i] = f && f->part[i] ? &f->part[i]->tensor : draw(a, 8) ? NULL : x;
+      keep(a, exf_ffn_apply(a->ctx, f, x, draw(a, 16) ? th : NULL));
       break;
   }
 }
@@ -359,9 +475,10 @@ static void call_param(api *a) {
   static exf_real out[1 << 16];
   char buffer[300], buffer2[300];
   exf_param *p = draw_param(a);
-  exf_tensor *t = exf_param_tensor(p);
+  exf_tensor *t = p ? &p->tensor : NULL;
   const char *alias = draw_name(a, buffer), *name = draw_name(a, buffer2);
-  switch (draw(a, 6)) {
+  size_t n = t && t->size <= 1 << 16 && draw(a, 8) ? t->size : 1;
+  switch (draw(a, 7)) {
     case 0: exf_param_freeze(p, (int)draw(a, 2)); break;
     case 1: exf_param_alias(draw(a, 16) ? a->model : NULL, alias, name); break;
     case 2:
@@ -369,13 +486,14 @@ static void call_param(api *a) {
       break;
     case 3: exf_model_zero_grad(draw(a, 16) ? a->model : NULL); break;
     case 4:
-      (void)exf_param_name(p);
-      (void)exf_param_decays(p);
+      (void)exf_ffn_tensor(DRAW_LAYER(a, ffn), name);
+      (void)exf_ffn_param(DRAW_LAYER(a, ffn), name, NULL);
       (void)exf_model_find(a->model, name);
       (void)exf_model_count(a->model);
       (void)exf_model_count_merged(a->model);
       (void)exf_model_find(NULL, NULL);
       break;
+    case 5: exf_param_set(p, draw(a, 8) ? out : NULL, n); break;
     default:
       if (t != NULL && t->size > 0 && draw(a, 4) == 0) t->data[0] = (exf_real)NAN;
       break;
@@ -385,10 +503,9 @@ static void call_param(api *a) {
 static void call_diagnose(api *a) {
   double w[64], r[64], d[64];
   exf_ffn *f = DRAW_LAYER(a, ffn);
-  if (exf_ffn_fusion(f).n_experts > 64) return;
+  if (f != NULL && f->fusion.n_experts > 64) return;
   exf_ffn_diagnose(f, draw(a, 2) ? w : NULL, draw(a, 2) ? r : NULL,
                    draw(a, 2) ? d : NULL);
-  (void)exf_ffn_name(f);
   (void)exf_model_ffn(a->model, draw(a, 4));
   (void)exf_model_n_ffns(a->model);
   (void)exf_notices(a->model, a->optim);
@@ -398,7 +515,7 @@ static void call_diagnose(api *a) {
 
 static int every_other(const exf_param *p, void *user) {
   (void)user;
-  return (int)(strlen(exf_param_name(p)) % 2);
+  return (int)(strlen(p->name) % 2);
 }
 
 static void call_optim(api *a) {
@@ -442,13 +559,12 @@ static void call_ema(api *a) {
 }
 
 static void call_kv(api *a) {
-  switch (draw(a, 4)) {
+  switch (draw(a, 3)) {
     case 0:
       exf_kv_free(a->kv);
       a->kv = exf_kv_new(a->ctx, draw_size(a), draw_size(a), draw_size(a));
       break;
     case 1: exf_kv_reset(a->kv); break;
-    case 2: exf_kv_advance(a->kv, draw_size(a)); break;
     default: (void)exf_kv_length(a->kv); break;
   }
 }
@@ -456,16 +572,14 @@ static void call_kv(api *a) {
 static void call_mode(api *a) {
   exf_ctx *c = draw(a, 16) ? a->ctx : NULL;
   int on = (int)draw(a, 2);
-  switch (draw(a, 6)) {
+  switch (draw(a, 5)) {
     case 0: exf_training_set(c, on); break;
     case 1: exf_grad_set(c, on); break;
     case 2: exf_routing_set(c, on); break;
     case 3: exf_step_begin(c, draw_size(a)); break;
-    case 4: exf_isa_set(c, (exf_isa)draw(a, 8)); break;
     default:
-      (void)exf_isa_name(exf_isa_get(c));
-      (void)exf_threads_get(c);
-      (void)exf_seed_get(c);
+      MUST(exf_isa_name(exf_ctx_desc(c).isa) != NULL);
+      MUST(exf_isa_name((exf_isa)draw(a, 8)) != NULL);
       (void)exf_ctx_stats(c).bytes;
       break;
   }
@@ -483,18 +597,15 @@ static void call_plain(api *a) {
   s.steps = draw_size(a);
   (void)exf_schedule_lr(draw(a, 16) ? &s : NULL, key);
   MUST(exf_variant_name((exf_variant)draw(a, 6)) != NULL);
-  MUST(exf_upcycle_name((exf_upcycle)draw(a, 8)) != NULL);
-  MUST(exf_act_name((exf_act)draw(a, 6)) != NULL);
   MUST(exf_status_name((exf_status)(draw(a, 16) - 2u)) != NULL);
   MUST(exf_rng_uniform(key, exf_rng_stream("s"), draw(a, 2), key) < 1);
   MUST(isfinite(exf_rng_normal(key, draw(a, 4), draw(a, 2), key)));
-  MUST(exf_model_ctx(a->model) == a->ctx && exf_model_ctx(NULL) == NULL);
   exf_fail(draw(a, 16) ? a->ctx : NULL, draw(a, 4) ? EXF_OK : EXF_ARG, "%s", "said");
 }
 
 static exf_tensor *first_square(exf_ctx *ctx, void *user) {
   exf_param *p = exf_model_param((exf_model *)user, 0);
-  return exf_mean(ctx, exf_square(ctx, exf_param_tensor(p)), EXF_ALL_AXES, 0);
+  return exf_mean(ctx, exf_square(ctx, p ? &p->tensor : NULL), EXF_ALL_AXES, 0);
 }
 
 static void call_gradcheck(api *a) {
@@ -540,13 +651,19 @@ static void call_save(api *a) {
 }
 
 static void call_load(api *a) {
-  exf_st *st = exf_st_open(a->ctx, draw(a, 16) ? "file" : NULL, NULL);
+  const char *path = draw(a, 16) ? "file" : NULL;
+  exf_st *st = exf_st_open(a->ctx, path, NULL);
   exf_model *m = draw(a, 2) ? a->model : a->other;
+  exf_optim *o = m == a->model ? a->optim : NULL;
   exf_real out[4];
   exf_st_read(a->ctx, exf_st_get(st, draw(a, 3)), draw(a, 8) ? out : NULL, draw(a, 5));
   if (draw(a, 2)) exf_error_clear(a->ctx);
-  if (draw(a, 2)) exf_model_load(m, st);
-  else exf_checkpoint_load(m, m == a->model ? a->optim : NULL, st);
+  switch (draw(a, 4)) {
+    case 0: exf_model_load(m, path); break;
+    case 1: exf_model_load_st(m, st); break;
+    case 2: exf_checkpoint_load(m, o, path); break;
+    default: exf_checkpoint_load_st(m, o, st); break;
+  }
   exf_st_close(st);
 }
 
@@ -556,10 +673,10 @@ typedef void (*call)(api *a);
 
 static const call calls[] = {
   call_new, call_new, call_unary, call_binary, call_product, call_norm, call_scaled,
-  call_shape, call_sum, call_lookup, call_custom, call_attention, call_backward,
-  call_rewind, call_layer, call_module, call_forward, call_forward, call_change,
-  call_param, call_diagnose, call_optim, call_ema, call_kv, call_mode, call_save,
-  call_load, call_plain, call_gradcheck};
+  call_shape, call_sum, call_choose, call_lookup, call_custom, call_attention,
+  call_backward, call_rewind, call_layer, call_module, call_forward, call_forward,
+  call_change, call_param, call_diagnose, call_optim, call_ema, call_kv, call_mode,
+  call_save, call_load, call_plain, call_gradcheck};
 
 static void end(api *a) {
   exf_kv_free(a->kv);
@@ -573,6 +690,22 @@ static void end(api *a) {
   disk_free(&a->disk);
 }
 
+/* Of any instruction set; that there is none is an error, but leaves a context. */
+static exf_ctx *context(api *a, const exf_files *files) {
+  exf_desc d;
+  exf_ctx *ctx;
+  memset(&d, 0, sizeof d);
+  heap_use(&a->heap, &d);
+  d.n_threads = 1;
+  d.files = files;
+  d.isa = (exf_isa)draw(a, 8);
+  ctx = exf_ctx_new(&d);
+  MUST(ctx != NULL);
+  if (exf_ctx_status(ctx) != EXF_OK) fuzz_message(exf_error(ctx));
+  exf_error_clear(ctx);
+  return ctx;
+}
+
 static int fuzz_api(const uint8_t *data, size_t n) {
   static api a;
   exf_files files;
@@ -582,7 +715,7 @@ static int fuzz_api(const uint8_t *data, size_t n) {
   a.at = data;
   a.end = data + n;
   a.heap.limit = MEMORY_LIMIT;
-  a.ctx = fuzz_ctx(&a.heap, &files);
+  a.ctx = context(&a, &files);
   a.model = exf_model_new(a.ctx);
   a.other = exf_model_new(a.ctx);
   heap_arm(&a.heap, draw(&a, 4) ? 0 : draw(&a, 200), (int)draw(&a, 2));

@@ -15,10 +15,10 @@
 /* Bits are black or white, grey is three times the same, and bytes up to 255 are
    themselves. */
 static void pnm_pixels(const picture *p, int kind) {
-  size_t i, n = p->width * p->height;
+  size_t n = p->width * p->height;
   MUST(p->width >= 1 && p->width <= IMAGE_MAX_SIDE);
   MUST(p->height >= 1 && p->height <= IMAGE_MAX_SIDE);
-  for (i = 0; i < n; i++) {
+  for (size_t i = 0; i < n; i++) {
     const unsigned char *c = p->rgb + 3 * i;
     if (kind != 3 && kind != 6) MUST(c[0] == c[1] && c[0] == c[2]);
     if (kind == 1 || kind == 4) MUST(c[0] == 0 || c[0] == 255);
@@ -34,22 +34,22 @@ static void pnm_again(const picture *p) {
   n = (size_t)snprintf((char *)file, 32, "P6 %d %d 255\n", (int)p->width,
                        (int)p->height);
   memcpy(file + n, p->rgb, bytes);
-  MUST(picture_decode(file, n + bytes, &q, &w));
+  MUST(pnm_decode(file, n + bytes, &q, &w));
   MUST(q.width == p->width && q.height == p->height);
   MUST(memcmp(q.rgb, p->rgb, bytes) == 0);
-  MUST(!picture_decode(file, n + bytes - 1, &q, &w) && q.rgb == NULL);
+  MUST(!pnm_decode(file, n + bytes - 1, &q, &w) && q.rgb == NULL);
 }
 
 /* Resized, its pixels stay between the least and the largest. */
 static void pnm_fit(picture *p, size_t size) {
   unsigned char out[3 * 12 * 12], least = 255, largest = 0;
-  size_t i, n = 3 * p->width * p->height;
-  for (i = 0; i < n; i++) {
+  size_t n = 3 * p->width * p->height;
+  for (size_t i = 0; i < n; i++) {
     if (p->rgb[i] < least) least = p->rgb[i];
     if (p->rgb[i] > largest) largest = p->rgb[i];
   }
   picture_fit(p, 3, size, out);
-  for (i = 0; i < 3 * size * size; i++) MUST(out[i] >= least && out[i] <= largest);
+  for (size_t i = 0; i < 3 * size * size; i++) MUST(out[i] >= least && out[i] <= largest);
 }
 
 /* Memory: three bytes per pixel, so at most three times the file; 24 times where eight
@@ -59,7 +59,7 @@ static int fuzz_pnm(const uint8_t *data, size_t n) {
   why w = {""};
   int ok, kind;
   program_begin(0);
-  ok = picture_decode(data, n, &p, &w);
+  ok = pnm_decode(data, n, &p, &w);
   kind = n > 1 && data[0] == 'P' ? data[1] - '0' : 0;
   MUST(program_n == 0 && ok == (w.s[0] == '\0'));
   MUST(block_peak <= (kind == 4 ? 24 : 3) * n);

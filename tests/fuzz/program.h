@@ -90,6 +90,7 @@ static void program_exit(int code) {
   longjmp(program_end, 1);
 }
 
+#define malloc(n) program_calloc(n, 1)     /* stb_image's */
 #define calloc(n, size) program_calloc(n, size)
 #define realloc(p, n) program_realloc(p, n)
 #define free(p) program_free(p)
@@ -103,6 +104,7 @@ int charlm_main(int argc, char **argv);
 #include "../../examples/charlm.c"
 #undef main
 #include "../../examples/images.h"
+#undef malloc
 #undef calloc
 #undef realloc
 #undef free
