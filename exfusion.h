@@ -4373,7 +4373,6 @@ typedef struct exf__op {
 typedef union exf__arg {
   double factor;                                         /* scale */
   double eps;                                            /* norms */
-  struct { double low, high; } clamp;
   struct { int a, b; } transposed;                       /* matmul */
   struct { int on, op; } activation;                     /* linear: of its input */
   struct { const int32_t *ids; size_t n0, n1; } rows;    /* embedding, gather */

@@ -143,8 +143,10 @@ static void dataset_read(dataset *d, const char *path, vocabulary *v, size_t blo
 }
 
 /* ---- model files ------------------------------------------------------------------ */
-/* Sizes, from the tensors (nanoGPT's names), and vocabulary of an open model. */
-static void geometry_read(const exf_st *st, const char *path, gpt *g, vocabulary *v) {
+/* Sizes, from the tensors (nanoGPT's names), and vocabulary (n = 0: none) of an open
+   model. heads: for files that do not say, as nanoGPT's own; 0 refuses them. */
+static void geometry_read(const exf_st *st, const char *path, size_t heads, gpt *g,
+                          vocabulary *v) {
   const exf_st_entry *wte = exf_st_find(st, "transformer.wte.weight");
   const exf_st_entry *wpe = exf_st_find(st, "transformer.wpe.weight");
   const char *vocab = exf_st_meta(st, "exf.vocab"), *config = config_read(st, path);
@@ -152,23 +154,28 @@ static void geometry_read(const exf_st *st, const char *path, gpt *g, vocabulary
   char name[64];
   if (exf_st_find(st, "adamw.m.transformer.wte.weight"))
     fail(1, "%s is a checkpoint: give the model.safetensors beside it", path);
-  if (!wte || !wpe || wte->n_dims != 2 || wpe->n_dims != 2 || !vocab
-      || !vocabulary_read(v, vocab) || wte->dim[0] != v->n)
+  v->n = 0;
+  if (!wte || !wpe || wte->n_dims != 2 || wpe->n_dims != 2 || wte->dim[0] > 256
+      || (vocab && (!vocabulary_read(v, vocab) || wte->dim[0] != v->n)))
     fail(1, "%s is not a character model: it needs transformer.wte.weight [V,C], "
          "transformer.wpe.weight [T,C], and exf.vocab with V byte values", path);
   if (act && strcmp(act, "gelu") != 0)
     fail(1, "%s: its activation is %.40s, charlm has gelu: convert it", path, act);
-  *g = (gpt){.n_vocab = v->n, .width = wte->dim[1], .block = wpe->dim[0],
-    .n_heads = config_count(config, "n_head", 0, path),
+  *g = (gpt){.n_vocab = wte->dim[0], .width = wte->dim[1], .block = wpe->dim[0],
+    .n_heads = config_count(config, "n_head", heads, path),
     .bias = exf_st_find(st, "transformer.ln_f.bias") != NULL};
   do snprintf(name, sizeof name, "transformer.h.%u.ln_1.weight", (unsigned)g->n_layers);
   while (exf_st_find(st, name) && ++g->n_layers < 1024);
+  if (g->n_heads < 1)
+    fail(1, "%s does not say its attention heads: train --init with --heads", path);
 }
 /* The dense model of DIR|FILE, with its vocabulary; returns the path of the file. */
 static const char *open_model(exf_ctx *ctx, const char *place, gpt *g, vocabulary *v) {
   const char *path = model_path(place);
   exf_st *st = open_tensors(ctx, path);
-  geometry_read(st, path, g, v);
+  geometry_read(st, path, 0, g, v);
+  if (v->n == 0)
+    fail(1, "%s has no exf.vocab: train --init with it and --steps 0 adds it", path);
   exf_st_close(st);
   gpt_build(g, ctx, NULL);
   exf_model_load(g->model, path);
@@ -214,7 +221,8 @@ static void train_data(charlm *c) {
     const char *path = model_path(r->init);
     exf_st *st = open_tensors(r->ctx, path);
     char sizes[128];
-    geometry_read(st, path, g, &c->vocab);
+    geometry_read(st, path, *flag_given(&r->f, "heads") ? (size_t)r->heads : 0, g,
+                  &c->vocab);
     exf_st_close(st);
     snprintf(sizes, sizeof sizes, "layers %u\nheads %u\nwidth %u\nblock %u\nbias %u",
              (unsigned)g->n_layers, (unsigned)g->n_heads, (unsigned)g->width,
@@ -227,6 +235,9 @@ static void train_data(charlm *c) {
   if (r->resume) vocabulary_read(&c->vocab, r->list.s);
   if (r->resume) flag_recorded(&r->f, "data", r->out);
   dataset_read(&c->set, c->data, &c->vocab, (size_t)c->block);
+  if (g->n_vocab && g->n_vocab != c->vocab.n)
+    fail(2, "--data %s has %d different bytes, the model a vocabulary of %d: give the text "
+         "it was made for", c->data, (int)c->vocab.n, (int)g->n_vocab);
   *g = (gpt){.n_layers = (size_t)r->layers, .n_heads = (size_t)r->heads,
     .width = (size_t)r->width, .block = (size_t)c->block, .bias = (size_t)c->bias,
     .n_vocab = c->vocab.n, .dropout = r->dropout};

@@ -46,7 +46,6 @@ static inline int refuse(why *w, const char *format, ...) {
   va_end(args);
   return 0;
 }
-
 /* Four bytes as a number: big-endian in IDX, little-endian in gzip. */
 static inline uint32_t word32(const unsigned char *p, int big) {
   uint32_t word = 0;
@@ -64,7 +63,6 @@ static inline uint32_t crc32_of(const unsigned char *data, size_t n) {
   for (size_t i = 0; i < n; i++) c = c >> 8 ^ table[(c ^ data[i]) & 255];
   return ~c;
 }
-
 /* All of a gzip file of one member, n_out bytes, to be freed. The size that ends the file
    bounds them, if a file of n bytes can hold so much: DEFLATE makes 1032 bytes of one at
    most. */
@@ -132,7 +130,6 @@ static inline int idx_header(const unsigned char *h, size_t n, idx *x, why *w) {
   }
   return 1;
 }
-
 /* A whole file, raw or gzip. No memory is taken for what the file cannot hold. */
 static inline int idx_decode(const unsigned char *in, size_t n, idx *x, why *w) {
   unsigned char *all = NULL;
@@ -174,7 +171,6 @@ static inline long pnm_number(const unsigned char *in, size_t n, size_t *at, lon
   while (limit > 1 && value <= limit && *at < n && in[*at] >= '0' && in[*at] <= '9');
   return value;
 }
-
 /* P1 to P6: bits, grey or colour, as text or bytes. */
 static inline int pnm_decode(const unsigned char *in, size_t n, picture *out, why *w) {
   int kind = n > 1 && in[0] == 'P' ? in[1] - '0' : 0;
@@ -223,7 +219,6 @@ static inline int pnm_decode(const unsigned char *in, size_t n, picture *out, wh
   }
   return 1;
 }
-
 /* Any picture this build can read; what is transparent shows white. */
 static inline int picture_decode(const unsigned char *in, size_t n, picture *out,
                                  why *w) {
@@ -261,7 +256,6 @@ static inline int picture_read(const char *path, picture *p, why *w) {
   free(data);
   return ok;
 }
-
 /* Weight (times a constant) of source pixel j of `in` for pixel i of `out`: a triangle as
    wide as one pixel of the coarser grid on each side of its centre. */
 static inline int64_t resize_weight(size_t in, size_t out, size_t i, size_t j) {
@@ -270,7 +264,6 @@ static inline int64_t resize_weight(size_t in, size_t out, size_t i, size_t j) {
   if (d < 0) d = -d;
   return d < reach ? reach - d : 0;
 }
-
 /* The source pixels outside of *first .. *end-1 have weight 0. */
 static inline void resize_range(size_t in, size_t out, size_t i, size_t *first,
                                 size_t *end) {
@@ -279,7 +272,6 @@ static inline void resize_range(size_t in, size_t out, size_t i, size_t *first,
   *end = (middle + reach) / (2 * out) + 1;
   if (*end > in) *end = in;
 }
-
 /* One channel (height,width), pixels `stride` apart, to (rows,columns): bilinear when it
    grows, an average when it shrinks, itself when it stays; in whole numbers. */
 static inline void resize(const unsigned char *in, size_t height, size_t width,
@@ -308,7 +300,6 @@ static inline void resize(const unsigned char *in, size_t height, size_t width,
 static inline unsigned char grey_of(unsigned red, unsigned green, unsigned blue) {
   return (unsigned char)((299 * red + 587 * green + 114 * blue + 500) / 1000);
 }
-
 /* Resized to (channels,size,size); grey for one channel. Uses up the picture. */
 static inline void picture_fit(picture *p, size_t channels, size_t size,
                                unsigned char *out) {

@@ -335,6 +335,16 @@ sed 's/\\"n_head\\":2,\\"n_embd\\":32/\\"n_head\\":-2,\\"n_embd\\":2/' $model \
   > $dir/heads.safetensors
 refused "heads below 0" 1 "heads.safetensors: exf.config has -2 for n_head" sample \
   $dir/heads.safetensors
+# a file of somebody else's: the tensors alone
+sed 's/exf.vocab/exf.vocaX/; s/n_head/n_heaX/' $dir/dense/model.safetensors \
+  > $dir/foreign.safetensors
+refused "no heads in the file" 1 "foreign.safetensors .*heads" sample $dir/foreign.safetensors
+refused "nor a guess" 1 "foreign.safetensors .*--heads" train --data $dir/text.txt --quiet \
+  --out $dir/never --init $dir/foreign.safetensors
+ok "--init with --heads reads it" train foreign --steps 0 --ffn dense \
+  --init $dir/foreign.safetensors
+ok "and completes it" test "$("$charlm" sample $dir/foreign -n 60)" \
+  = "$("$charlm" sample $dir/dense -n 60)"
 sed 's/h.1.ln_2.weight/h.1.ln-2.weight/' $model > $dir/other.safetensors
 refused "a tensor that is not the model's" 1 "other.safetensors: tensor " sample \
   $dir/other.safetensors
