@@ -431,10 +431,16 @@
 
    ---- HOW TO ADD AN OP ------------------------------------------------- >>add_op
    For research exf_custom may be enough. What works on numbers one by one is a line in
-   the list EXF__FORMULAS, >>elementwise, of y and of what the gradients of a, b, c grow
-   by, and a row below the list; then go on with 5:
-       X(softplus, exf__log(1 + exf__exp(a)), dy / (1 + exf__exp(-a)), 0, 0)
+   the list EXF__FORMULAS, >>elementwise, and a row behind EXF__UNARY(sigmoid); then go on
+   with 5, since 1 to 4 are for all other ops:
+       static exf_real exf__softplus(exf_real x) {
+         return EXF__MAX(x, 0) + exf__log(1 + exf__exp(-EXF__FABS(x)));
+       }
+       X(softplus, exf__softplus(a), dy / (1 + exf__exp(-a)), 0, 0)
        EXF__UNARY(softplus)
+   The line has y and what is added to the gradients of a, b, c, in terms of a, b, c, y,
+   dy and functions like that one, above the list; no comma outside of parentheses. Let it
+   hold for every finite number: exf__exp ends at 0 and at infinity.
    1. exf__foo_shape(ctx, n, out) checks n->in[i]->shape and n->arg; it writes *out and
       returns 1, or returns exf__bad_shape(ctx, n, "the rule").
    2. exf__foo_forward(ctx, n) fills all of n->out->data. What backward cannot cheaply
@@ -8532,6 +8538,9 @@ static void exf__st_refuse(exf__st_writer *w, exf_status status, int rule,
 
 static int exf__is_utf8(const char *s) { return !s[exf__utf8_valid(s, strlen(s))]; }
 
+/* A function, as where size_t has 32 bits compilers know the answer and warn. */
+static int exf__st_fits(uint64_t n) { return n <= EXF__ST_MAX_INTEGER; }
+
 /* Adds to w->n_data what the item takes. Overflow is tested before zero. */
 static void exf__st_check_item(exf__st_writer *w, const exf_st_item *item) {
   const exf_shape *shape = &item->shape;
@@ -8549,11 +8558,11 @@ static void exf__st_check_item(exf__st_writer *w, const exf_st_item *item) {
   }
   int fits = 1;   /* as in rule V13 */
   for (int i = 0; i < shape->n; i++)
-    fits = fits && shape->dim[i] <= EXF__ST_MAX_INTEGER
+    fits = fits && exf__st_fits(shape->dim[i])
            && exf__mul_size(n, EXF__MAX(shape->dim[i], 1), &n) && n <= SIZE_MAX / 64;
   n = fits ? exf__shape_size(shape) : 0;
   if (!fits || !exf__add_size(*all, n * sizeof(exf_real), all)
-      || *all > EXF__ST_MAX_INTEGER || *all > SIZE_MAX / 2)
+      || !exf__st_fits(*all) || *all > SIZE_MAX / 2)
     exf__st_refuse(w, EXF_SIZE, 13, kind, name, "makes the file too large");
   if (!item->data && n > 0) exf__st_refuse(w, EXF_ARG, 13, kind, name, "has no data");
 }

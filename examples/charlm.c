@@ -236,8 +236,8 @@ static void train_data(charlm *c) {
   if (r->resume) flag_recorded(&r->f, "data", r->out);
   dataset_read(&c->set, c->data, &c->vocab, (size_t)c->block);
   if (g->n_vocab && g->n_vocab != c->vocab.n)
-    fail(2, "--data %s has %d different bytes, the model a vocabulary of %d: give the text "
-         "it was made for", c->data, (int)c->vocab.n, (int)g->n_vocab);
+    fail(2, "--data %s has %d different bytes, the model a vocabulary of %d: give the "
+         "text it was made for", c->data, (int)c->vocab.n, (int)g->n_vocab);
   *g = (gpt){.n_layers = (size_t)r->layers, .n_heads = (size_t)r->heads,
     .width = (size_t)r->width, .block = (size_t)c->block, .bias = (size_t)c->bias,
     .n_vocab = c->vocab.n, .dropout = r->dropout};
