@@ -234,9 +234,10 @@
 
    What a rule learns or keeps, its init makes by exf_ffn_param; exf_ffn_tensor finds it,
    and step may change it after an update, as mb its bank. Instead of weights there may be
-   - fuse, for a tensor of the FFN at a time, of any form. With s (N,h,1) a weight per
-     output row of experts e (N,h,C) is exf_sum(ctx, exf_mul(ctx, s, e), EXF_AXIS(0), 0);
-     every expert then has a gradient of its own, N times the memory of the shared one.
+   - fuse, for one tensor of the FFN at a time, of any form. A weight per output row, s
+     (N,h,1) for the experts e (N,h,C) of W1, (N,C,1) for W2, (N,h) and (N,C) for biases,
+     is exf_sum(ctx, exf_mul(ctx, s, e), EXF_AXIS(0), 0). Every expert then has a gradient
+     of its own, N times the memory of the shared one.
    - forward, the FFN's output itself: a sparse mixture takes the rows of each expert by
      exf_gather and runs it by exf_ffn_apply. It cannot be merged: files keep the experts.
 
@@ -875,7 +876,8 @@ typedef struct exf_gradcheck_report {
 } exf_gradcheck_report;
 /* Compares backward with four-point central differences of width h (0: 1e-3, or 1e-2 in
    float) for every number of every parameter. loss builds the graph and returns a
-   scalar; it is called again and again, between rewinds. */
+   scalar; it is called again and again, between rewinds. A right gradient has worst below
+   1e-6 in a build with EXF_DOUBLE; in float small gradients drown in rounding. */
 EXF_API exf_status exf_gradcheck(exf_model *model,
                                  exf_tensor *(*loss)(exf_ctx *ctx, void *user),
                                  void *user, double h, exf_gradcheck_report *report);
@@ -1000,7 +1002,8 @@ typedef struct exf_ffn {          /* to be read; functions change it */
 struct exf_rule {
   const char *name;           /* "dropout": goes into checkpoints */
   void *user;
-  /* While an FFN is upcycled: makes what the rule needs by exf_ffn_param. May be NULL. */
+  /* While an FFN is upcycled: makes what the rule needs by exf_ffn_param. It is dense
+     then: N stands in fusion, C and h in ffn->desc. May be NULL. */
   void (*init)(exf_ctx *ctx, exf_ffn *ffn, const exf_fusion_desc *fusion);
   exf_tensor *(*weights)(exf_ctx *ctx, const exf_ffn *ffn, exf_tensor *x, int training);
   exf_tensor *(*fuse)(exf_ctx *ctx, const exf_ffn *ffn, exf_part part, int training);
@@ -1013,7 +1016,8 @@ struct exf_rule {
    init only. It goes when the FFN is merged. */
 EXF_API exf_tensor *exf_ffn_param(exf_ffn *ffn, const char *name,
                                   const exf_param_desc *desc);
-EXF_API exf_tensor *exf_ffn_tensor(const exf_ffn *ffn, const char *name); /* or NULL */
+/* By the same short name; NULL when the rule has made no such thing. */
+EXF_API exf_tensor *exf_ffn_tensor(const exf_ffn *ffn, const char *name);
 /* act(x W1^T + b1) W2^T + b2 (..,C), or its SwiGLU form, with the parameters th */
 EXF_API exf_tensor *exf_ffn_apply(exf_ctx *ctx, const exf_ffn *ffn, exf_tensor *x,
                                   exf_tensor *const th[EXF_N_PARTS]);
