@@ -544,8 +544,8 @@ EXF_API const char *exf_status_name(exf_status status); /* "EXF_SHAPE" ... */
 
 /* ---- context ----------------------------------------------------- >>context */
 
-/* Instruction sets of the fast kernels. EXF_ISA_REF are the plain loops that specify
-   them; all but SSE2 (which has no fused multiply-add) give the same bits. */
+/* Instruction sets of the kernels. EXF_ISA_REF is plain C, which specifies the others;
+   all but SSE2 (which has no fused multiply-add) give the same bits. */
 typedef enum exf_isa {
   EXF_ISA_AUTO, EXF_ISA_REF, EXF_ISA_SSE2, EXF_ISA_AVX2, EXF_ISA_AVX512, EXF_ISA_NEON
 } exf_isa;
@@ -4684,7 +4684,7 @@ static int exf__same_shape(exf_ctx *ctx, exf__node *n, exf_shape *out) {
 
 /* y = f(x), dx = [dx +] dy f'(x), computed from x: the functions that a model spends time
    on, for which each instruction set has kernels. What they are stands at
-   exf__unary_f_ref. */
+   unary_f, >>bodies. */
 static void exf__unary_forward(exf_ctx *ctx, exf__node *n) {
   exf__elements e = {n->op->kind, 0, 0, n->in[0]->data, NULL, NULL, n->out->data, NULL};
   exf__run_elements(ctx, ctx->k->unary, &e, n->out->size);
